@@ -1,0 +1,50 @@
+# Every target sets up .venv by itself; `make train` and `make test` are all that a fresh machine
+# with Python >= 3.10, make and a C++ compiler needs.
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+READY := $(VENV)/.ready
+NATIVE_SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
+
+.PHONY: train test bench lint format sanitize clean
+
+train: $(READY)
+	$(PY) examples/train_gpt.py --out runs/train_gpt
+
+test: $(READY)
+	$(PY) -m pytest --cov --cov-report=term --cov-fail-under=90
+
+bench: $(READY)
+	$(PY) bench/step.py
+	$(PY) bench/host.py
+
+# The C++ core under AddressSanitizer and UndefinedBehaviorSanitizer.
+sanitize: $(READY)
+	bash tests/sanitize.sh $(PY)
+
+lint: $(READY)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/clang-format --dry-run --Werror $$(find csrc -name '*.h' -o -name '*.cpp')
+
+format: $(READY)
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/clang-format -i $$(find csrc -name '*.h' -o -name '*.cpp')
+
+# torch first and from the constraints, so that no other package brings in another build of it.
+$(VENV)/.deps: constraints.txt pyproject.toml
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install -q -c constraints.txt torch
+	$(PY) -m pip install -q -c constraints.txt setuptools pybind11 wheel
+	$(PY) -m pip install -q -c constraints.txt build clang-format expecttest hypothesis matplotlib mypy \
+	  ninja numpy pre-commit pytest pytest-cov rich ruff typer
+	touch $@
+
+$(READY): $(VENV)/.deps $(NATIVE_SOURCES)
+	FUSEDOPT_REQUIRE_NATIVE=1 $(PY) -m pip install -q --no-build-isolation --no-deps -e .
+	touch $@
+
+clean:
+	rm -rf build dist *.egg-info fusedopt/_C*.so

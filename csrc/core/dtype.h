@@ -1,0 +1,115 @@
+// Storage dtypes and their conversion to the type that the maths runs in.
+//
+// Widening is exact. Narrowing rounds once, to nearest even, and keeps NaN a NaN. All conversions
+// are branch-free on 32-bit integers, so that a compiler vectorises a loop over them.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__CUDACC__)
+#define FUSEDOPT_FN __host__ __device__ __forceinline__
+#else
+// Always inlined: the same function is compiled into several instruction-set levels, and an
+// out-of-line copy of one level must never be linked into another.
+#define FUSEDOPT_FN inline __attribute__((always_inline))
+#endif
+
+namespace fusedopt {
+
+enum class DType : uint8_t { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3 };
+inline constexpr int kDTypes = 4;
+inline constexpr size_t kDTypeBytes[kDTypes] = {4, 8, 2, 2};
+
+struct bfloat16 {
+  uint16_t bits;
+};
+struct float16 {
+  uint16_t bits;
+};
+
+template <DType>
+struct Storage;
+template <>
+struct Storage<DType::kFloat32> {
+  using type = float;
+};
+template <>
+struct Storage<DType::kFloat64> {
+  using type = double;
+};
+template <>
+struct Storage<DType::kBFloat16> {
+  using type = bfloat16;
+};
+template <>
+struct Storage<DType::kFloat16> {
+  using type = float16;
+};
+
+FUSEDOPT_FN uint32_t float_bits(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+
+FUSEDOPT_FN float bits_float(uint32_t bits) {
+  float x;
+  memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+FUSEDOPT_FN float widen(float x) { return x; }
+FUSEDOPT_FN double widen(double x) { return x; }
+FUSEDOPT_FN float widen(bfloat16 x) { return bits_float(static_cast<uint32_t>(x.bits) << 16); }
+
+FUSEDOPT_FN float widen(float16 x) {
+  const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;
+  const uint32_t magnitude = x.bits & 0x7fffu;
+  const uint32_t exponent = magnitude & 0x7c00u;
+  const uint32_t subnormal = float_bits(static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-24f);
+  const uint32_t rebias = exponent == 0x7c00u ? (255u - 31u) << 23 : (127u - 15u) << 23;
+  const uint32_t normal = (magnitude << 13) + rebias;
+  return bits_float((exponent == 0 ? subnormal : normal) | sign);
+}
+
+FUSEDOPT_FN void narrow(float x, float* out) { *out = x; }
+FUSEDOPT_FN void narrow(double x, double* out) { *out = x; }
+FUSEDOPT_FN void narrow(double x, float* out) { *out = static_cast<float>(x); }
+
+FUSEDOPT_FN void narrow(float x, bfloat16* out) {
+  const uint32_t bits = float_bits(x);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const uint32_t nan = (bits >> 16) | 0x40u;
+  out->bits = static_cast<uint16_t>(x != x ? nan : rounded);
+}
+
+FUSEDOPT_FN void narrow(float x, float16* out) {
+  const uint32_t bits = float_bits(x);
+  const uint32_t sign = (bits >> 16) & 0x8000u;
+  const uint32_t magnitude = bits & 0x7fffffffu;
+  // At 0.5 one float32 ULP is one float16 subnormal step: the addition rounds to it.
+  const uint32_t subnormal = float_bits(bits_float(magnitude) + 0.5f) - float_bits(0.5f);
+  const uint32_t rebiased = magnitude - ((127u - 15u) << 23);
+  uint32_t normal = (rebiased + 0xfffu + ((rebiased >> 13) & 1u)) >> 13;
+  normal = normal > 0x7c00u ? 0x7c00u : normal;  // past 65520: infinity
+  uint32_t half = magnitude < 0x38800000u ? subnormal : normal;
+  half = magnitude > 0x7f800000u ? 0x7e00u : half;
+  out->bits = static_cast<uint16_t>(half | sign);
+}
+
+// float64 maths stored in 16 bits goes through float32 rounded to odd, so that the second rounding
+// cannot tip a tie: one rounding in effect.
+FUSEDOPT_FN float round_to_odd(double x) {
+  const float nearest = static_cast<float>(x);
+  const double back = static_cast<double>(nearest);
+  const uint32_t bits = float_bits(nearest);
+  if (back == x || x != x || (bits & 0x7f800000u) == 0x7f800000u || (bits & 1u)) return nearest;
+  const bool away = (back < 0 ? -back : back) > (x < 0 ? -x : x);
+  return bits_float(away ? bits - 1u : bits + 1u);
+}
+FUSEDOPT_FN void narrow(double x, bfloat16* out) { narrow(round_to_odd(x), out); }
+FUSEDOPT_FN void narrow(double x, float16* out) { narrow(round_to_odd(x), out); }
+
+}  // namespace fusedopt
