@@ -22,12 +22,9 @@ enum class DType : uint8_t { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16
 inline constexpr int kDTypes = 4;
 inline constexpr size_t kDTypeBytes[kDTypes] = {4, 8, 2, 2};
 
-struct bfloat16 {
-  uint16_t bits;
-};
-struct float16 {
-  uint16_t bits;
-};
+// Distinct types for the bits of a 16-bit float; enums, because compilers vectorise loads of scalars.
+enum class bfloat16 : uint16_t {};
+enum class float16 : uint16_t {};
 
 template <DType>
 struct Storage;
@@ -62,11 +59,11 @@ FUSEDOPT_FN float bits_float(uint32_t bits) {
 
 FUSEDOPT_FN float widen(float x) { return x; }
 FUSEDOPT_FN double widen(double x) { return x; }
-FUSEDOPT_FN float widen(bfloat16 x) { return bits_float(static_cast<uint32_t>(x.bits) << 16); }
+FUSEDOPT_FN float widen(bfloat16 x) { return bits_float(static_cast<uint32_t>(x) << 16); }
 
 FUSEDOPT_FN float widen(float16 x) {
-  const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;
-  const uint32_t magnitude = x.bits & 0x7fffu;
+  const uint32_t sign = (static_cast<uint32_t>(x) & 0x8000u) << 16;
+  const uint32_t magnitude = static_cast<uint32_t>(x) & 0x7fffu;
   const uint32_t exponent = magnitude & 0x7c00u;
   const uint32_t subnormal = float_bits(static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-24f);
   const uint32_t rebias = exponent == 0x7c00u ? (255u - 31u) << 23 : (127u - 15u) << 23;
@@ -77,12 +74,13 @@ FUSEDOPT_FN float widen(float16 x) {
 FUSEDOPT_FN void narrow(float x, float* out) { *out = x; }
 FUSEDOPT_FN void narrow(double x, double* out) { *out = x; }
 FUSEDOPT_FN void narrow(double x, float* out) { *out = static_cast<float>(x); }
+FUSEDOPT_FN void narrow(float x, double* out) { *out = x; }
 
 FUSEDOPT_FN void narrow(float x, bfloat16* out) {
   const uint32_t bits = float_bits(x);
   const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const uint32_t nan = (bits >> 16) | 0x40u;
-  out->bits = static_cast<uint16_t>(x != x ? nan : rounded);
+  *out = static_cast<bfloat16>(x != x ? nan : rounded);
 }
 
 FUSEDOPT_FN void narrow(float x, float16* out) {
@@ -96,7 +94,7 @@ FUSEDOPT_FN void narrow(float x, float16* out) {
   normal = normal > 0x7c00u ? 0x7c00u : normal;  // past 65520: infinity
   uint32_t half = magnitude < 0x38800000u ? subnormal : normal;
   half = magnitude > 0x7f800000u ? 0x7e00u : half;
-  out->bits = static_cast<uint16_t>(half | sign);
+  *out = static_cast<float16>(half | sign);
 }
 
 // float64 maths stored in 16 bits goes through float32 rounded to odd, so that the second rounding

@@ -1,0 +1,246 @@
+// The loops of the CPU driver, compiled once per instruction-set level (level_*.cpp includes this
+// file inside an anonymous namespace, under that level's target options).
+//
+// Nothing here may have external linkage or instantiate a standard-library template: the linker
+// would keep one level's copy for all.
+
+// Widens, narrows and walks blocks of this many elements: five operands of double fit in 24 KiB.
+constexpr int kBlock = 512;
+
+template <class T, class From>
+void load_run(const From* __restrict from, int64_t stride, T* __restrict to, int count) {
+  if (stride == 1) {
+    for (int i = 0; i < count; ++i) to[i] = static_cast<T>(widen(from[i]));
+  } else {
+    for (int i = 0; i < count; ++i) to[i] = static_cast<T>(widen(from[i * stride]));
+  }
+}
+
+template <class T, class To>
+void store_run(const T* __restrict from, To* __restrict to, int64_t stride, int count) {
+  if (stride == 1) {
+    for (int i = 0; i < count; ++i) narrow(from[i], to + i);
+  } else {
+    for (int i = 0; i < count; ++i) narrow(from[i], to + i * stride);
+  }
+}
+
+// Calls f(pointer, dtype tag) with the pointer cast to its storage type.
+template <class F>
+inline __attribute__((always_inline)) void with_type(DType dtype, void* data, F f) {
+  switch (dtype) {
+    case DType::kFloat32: return f(static_cast<float*>(data));
+    case DType::kFloat64: return f(static_cast<double*>(data));
+    case DType::kBFloat16: return f(static_cast<bfloat16*>(data));
+    case DType::kFloat16: return f(static_cast<float16*>(data));
+  }
+}
+
+// Walks elements [begin, begin + count) of one operand in the row's order and calls
+// f(offset of the run in elements, its stride, index of its first element, its length).
+template <class F>
+void for_runs(const Layout& layout, int operand, int64_t begin, int count, F f) {
+  const int inner = layout.ndim - 1;
+  const int64_t* stride = layout.stride[operand];
+  int64_t position[kMaxDims];
+  int64_t offset = 0;
+  int64_t rest = begin;
+  for (int d = inner; d >= 0; --d) {
+    position[d] = rest % layout.size[d];
+    rest /= layout.size[d];
+    offset += position[d] * stride[d];
+  }
+  for (int done = 0; done < count;) {
+    const int64_t left = layout.size[inner] - position[inner];
+    const int run = static_cast<int>(left < count - done ? left : count - done);
+    f(offset, stride[inner], done, run);
+    done += run;
+    position[inner] += run;
+    offset += run * stride[inner];
+    for (int d = inner; d > 0 && position[d] == layout.size[d]; --d) {
+      offset -= position[d] * stride[d];
+      position[d] = 0;
+      position[d - 1] += 1;
+      offset += stride[d - 1];
+    }
+  }
+}
+
+template <class T>
+void load_block(const Row& row, const Layout* layout, int operand, int64_t begin, int count, T* to) {
+  with_type(row.dtype[operand], row.data[operand], [&](auto* data) {
+    if (layout == nullptr) return load_run(data + begin, 1, to, count);
+    for_runs(*layout, operand, begin, count, [&](int64_t offset, int64_t stride, int at, int run) {
+      load_run(data + offset, stride, to + at, run);
+    });
+  });
+}
+
+template <class T>
+void store_block(const Row& row, const Layout* layout, int operand, int64_t begin, int count,
+                 const T* from) {
+  with_type(row.dtype[operand], row.data[operand], [&](auto* data) {
+    if (layout == nullptr) return store_run(from, data + begin, 1, count);
+    for_runs(*layout, operand, begin, count, [&](int64_t offset, int64_t stride, int at, int run) {
+      store_run(from + at, data + offset, stride, run);
+    });
+  });
+}
+
+// The loop: load, transform the gradient, update, store. The compiler vectorises it; the pointers
+// are distinct by the table's contract.
+template <class Rule, int kStates, class T, class P, class G, class S>
+void update_run(P* __restrict param, const G* __restrict grad, S* const* states, int64_t count,
+                T factor, const typename Rule::template Scalars<T>& scalars) {
+  const typename Rule::template Scalars<T> s = scalars;
+  S* __restrict s0 = kStates > 0 ? states[0] : nullptr;
+  S* __restrict s1 = kStates > 1 ? states[1] : nullptr;
+  S* __restrict s2 = kStates > 2 ? states[2] : nullptr;
+#if defined(__clang__)
+#pragma clang loop vectorize(enable)
+#elif defined(__GNUC__)
+#pragma GCC ivdep
+#endif
+  for (int64_t i = 0; i < count; ++i) {
+    T p = widen(param[i]);
+    const T g = widen(grad[i]) * factor;
+    T state[kMaxStates];
+    if constexpr (kStates > 0) state[0] = widen(s0[i]);
+    if constexpr (kStates > 1) state[1] = widen(s1[i]);
+    if constexpr (kStates > 2) state[2] = widen(s2[i]);
+    Rule::template update<kStates>(p, g, state, s);
+    narrow(p, param + i);
+    if constexpr (kStates > 0) narrow(state[0], s0 + i);
+    if constexpr (kStates > 1) narrow(state[1], s1 + i);
+    if constexpr (kStates > 2) narrow(state[2], s2 + i);
+  }
+}
+
+// Any dtypes, any layout, any transform: operand by operand through blocks that stay in L1.
+template <class Rule, int kStates, class T>
+void update_blocks(const Row& row, const Layout* layout, int64_t begin, int64_t count,
+                   const GradTransform& transform, const ScalarsPair<Rule>& scalars) {
+  alignas(64) T block[kOperands][kBlock];
+  T* states[kMaxStates] = {block[kState0], block[kState0 + 1], block[kState0 + 2]};
+  const T factor = static_cast<T>(transform.factor);
+  const T limit = static_cast<T>(transform.limit);
+  for (int64_t at = begin; at < begin + count; at += kBlock) {
+    const int n = static_cast<int>(begin + count - at < kBlock ? begin + count - at : kBlock);
+    for (int operand = 0; operand < kState0 + kStates; ++operand)
+      load_block(row, layout, operand, at, n, block[operand]);
+    T* grad = block[kGrad];
+    for (int i = 0; i < n; ++i) {  // written so that a NaN passes both comparisons
+      const T g = grad[i] * factor;
+      const T low = g < -limit ? -limit : g;
+      grad[i] = low > limit ? limit : low;
+    }
+    update_run<Rule, kStates, T>(block[kParam], block[kGrad], states, n, T(1),
+                                 scalars.template get<T>());
+    store_block(row, layout, kParam, at, n, block[kParam]);
+    for (int operand = kState0; operand < kState0 + kStates; ++operand)
+      store_block(row, layout, operand, at, n, block[operand]);
+  }
+}
+
+template <class Rule, int kStates, DType kParamDType, DType kStateDType>
+void update_fused(const Row& row, int64_t begin, int64_t count, const GradTransform& transform,
+                  const ScalarsPair<Rule>& scalars) {
+  using P = typename Storage<kParamDType>::type;
+  using S = typename Storage<kStateDType>::type;
+  using T = decltype(widen(P{}));
+  S* states[kMaxStates] = {};
+  for (int k = 0; k < kStates; ++k) states[k] = static_cast<S*>(row.data[kState0 + k]) + begin;
+  update_run<Rule, kStates, T>(static_cast<P*>(row.data[kParam]) + begin,
+                               static_cast<const P*>(row.data[kGrad]) + begin, states, count,
+                               static_cast<T>(transform.factor),
+                               scalars.template get<T>());
+}
+
+template <class Rule, int kStates>
+void update_states(const Row& row, const Layout* layout, int64_t begin, int64_t count,
+                   const GradTransform& transform, const ScalarsPair<Rule>& scalars) {
+  const DType state_dtype = kStates > 0 ? row.dtype[kState0] : row.dtype[kParam];
+  bool uniform = layout == nullptr && !transform.clamp && row.dtype[kGrad] == row.dtype[kParam];
+  for (int k = 1; k < kStates; ++k) uniform &= row.dtype[kState0 + k] == state_dtype;
+  bool wide = false;  // one float64 operand is enough to do the maths in float64
+  for (int k = 0; k < kState0 + kStates; ++k) wide |= row.dtype[k] == DType::kFloat64;
+#define FUSEDOPT_CASE(P, S)                                                                \
+  if (uniform && row.dtype[kParam] == P && state_dtype == S)                               \
+    return update_fused<Rule, kStates, P, S>(row, begin, count, transform, scalars);
+  FUSEDOPT_FUSED_DTYPES(FUSEDOPT_CASE)
+#undef FUSEDOPT_CASE
+  if (wide)
+    return update_blocks<Rule, kStates, double>(row, layout, begin, count, transform, scalars);
+  update_blocks<Rule, kStates, float>(row, layout, begin, count, transform, scalars);
+}
+
+template <class Rule, int kStates = Rule::kMinStates>
+void update_chunk(const Row& row, const Layout* layout, int64_t begin, int64_t count,
+                  const GradTransform& transform, const void* scalars) {
+  if constexpr (kStates <= kStateCount<Rule>) {
+    if (row.states == kStates)
+      return update_states<Rule, kStates>(row, layout, begin, count, transform,
+                                          *static_cast<const ScalarsPair<Rule>*>(scalars));
+    update_chunk<Rule, kStates + 1>(row, layout, begin, count, transform, scalars);
+  }
+}
+
+// Sums of squares in double: exact squares of every 16- and 32-bit value, no overflow, and one
+// order of addition on every machine (eight lanes, four accumulators).
+using f64x8 = double __attribute__((vector_size(64)));
+
+template <class G>
+double squares_run(const G* grad, int64_t count) {
+  constexpr int kLanes = 8, kAccumulators = 4, kStep = kLanes * kAccumulators;
+  f64x8 sums[kAccumulators] = {};
+  int64_t i = 0;
+  for (; i + kStep <= count; i += kStep) {
+    for (int a = 0; a < kAccumulators; ++a) {
+      f64x8 x;
+      for (int lane = 0; lane < kLanes; ++lane) x[lane] = widen(grad[i + a * kLanes + lane]);
+      sums[a] += x * x;
+    }
+  }
+  const f64x8 all = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+  double sum = ((all[0] + all[1]) + (all[2] + all[3])) + ((all[4] + all[5]) + (all[6] + all[7]));
+  for (; i < count; ++i) sum += static_cast<double>(widen(grad[i])) * widen(grad[i]);
+  return sum;
+}
+
+double squares_chunk(const Row& row, const Layout* layout, int64_t begin, int64_t count) {
+  double sum = 0;
+  if (layout == nullptr) {
+    with_type(row.dtype[kGrad], row.data[kGrad],
+              [&](auto* data) { sum = squares_run(data + begin, count); });
+    return sum;
+  }
+  alignas(64) double block[kBlock];
+  for (int64_t at = begin; at < begin + count; at += kBlock) {
+    const int n = static_cast<int>(begin + count - at < kBlock ? begin + count - at : kBlock);
+    load_block(row, layout, kGrad, at, n, block);
+    sum += squares_run(block, n);
+  }
+  return sum;
+}
+
+// grad *= coef, for the stand-alone clip functions; grad = clamp(grad, -limit, limit).
+void scale_chunk(const Row& row, const Layout* layout, int64_t begin, int64_t count, double coef,
+                 double limit) {
+  const auto scale = [&](auto zero) {
+    using T = decltype(zero);
+    alignas(64) T block[kBlock];
+    const T factor = static_cast<T>(coef), high = static_cast<T>(limit);
+    for (int64_t at = begin; at < begin + count; at += kBlock) {
+      const int n = static_cast<int>(begin + count - at < kBlock ? begin + count - at : kBlock);
+      load_block(row, layout, kGrad, at, n, block);
+      for (int i = 0; i < n; ++i) {
+        const T g = block[i] * factor;
+        const T low = g < -high ? -high : g;
+        block[i] = low > high ? high : low;
+      }
+      store_block(row, layout, kGrad, at, n, block);
+    }
+  };
+  if (row.dtype[kGrad] == DType::kFloat64) return scale(0.0);
+  scale(0.0F);
+}

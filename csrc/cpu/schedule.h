@@ -1,0 +1,53 @@
+// Splits the rows of a step into chunks, and chunks into tasks that threads take in turn.
+#pragma once
+
+#include <atomic>
+#include <vector>
+
+#include "core/table.h"
+
+namespace fusedopt::cpu {
+
+// Below this many elements one thread is faster than waking the others.
+inline constexpr int64_t kSerialElements = 1 << 15;
+
+struct Schedule {
+  std::vector<Chunk> chunks;
+  std::vector<int32_t> task_ends;  // a task is a run of chunks of about kChunkElements in all
+  int threads = 1;
+
+  Schedule(const std::vector<Row>& rows, int max_threads) {
+    int64_t total = 0, open = 0;
+    for (size_t r = 0; r < rows.size(); ++r) {
+      total += rows[r].numel;
+      for (int64_t begin = 0; begin < rows[r].numel; begin += kChunkElements) {
+        const int64_t count = std::min<int64_t>(kChunkElements, rows[r].numel - begin);
+        if (open + count > kChunkElements) close_task(&open);
+        chunks.push_back({static_cast<int32_t>(r), static_cast<int32_t>(count), begin});
+        open += count;
+      }
+    }
+    close_task(&open);
+    const int tasks = static_cast<int>(std::min<size_t>(task_ends.size(), max_threads));
+    threads = total < kSerialElements ? 1 : std::max(tasks, 1);
+  }
+
+  // One pass: every task once, by whichever thread is free, last task first if reversed. All
+  // threads of a team call it with the same counter.
+  template <class F>
+  void for_chunks(std::atomic<int32_t>* next, bool reversed, F f) const {
+    const int32_t tasks = static_cast<int32_t>(task_ends.size());
+    for (int32_t taken; (taken = next->fetch_add(1, std::memory_order_relaxed)) < tasks;) {
+      const int32_t task = reversed ? tasks - 1 - taken : taken;
+      for (int32_t c = task == 0 ? 0 : task_ends[task - 1]; c < task_ends[task]; ++c) f(c);
+    }
+  }
+
+ private:
+  void close_task(int64_t* open) {
+    if (*open > 0) task_ends.push_back(static_cast<int32_t>(chunks.size()));
+    *open = 0;
+  }
+};
+
+}  // namespace fusedopt::cpu

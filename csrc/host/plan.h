@@ -1,0 +1,108 @@
+// Turns an optimizer's param_groups and state into the tensor table, anew on each step.
+//
+// Nothing is remembered of a tensor: frameworks swap p.data, replace state tensors and group dicts,
+// and reallocate gradients, and each of these changes the next table. What makes this affordable is
+// TensorAccess: a whole param costs about 0.2 us.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "core/table.h"
+#include "cpu/apply.h"
+#include "host/tensor_access.h"
+#include "rules/registry.h"
+
+namespace fusedopt::host {
+
+// Finds the state dict of a param by identity, without calling Tensor.__hash__ (0.4 us).
+class StateIndex {
+ public:
+  struct Slot {
+    PyObject* param = nullptr;
+    PyObject* state = nullptr;  // borrowed from the optimizer's state; null where there is none
+    bool visited = false;       // the param has been met in a group of this step
+  };
+
+  void build(PyObject* state, size_t params);
+  Slot& find(PyObject* param);
+
+ private:
+  std::vector<Slot> slots_;
+  size_t mask_ = 0;
+};
+
+class Plan {
+ public:
+  Plan(RuleId rule, bool has_step, std::vector<std::string> hyper_keys,
+       std::vector<std::string> state_keys);
+
+  // Builds the table. `host` is called for what is rare:
+  //   new_state(param, key) -> tensor          state that is missing
+  //   resolve(tensor, role, group, index)      a plain tensor for a complex, sparse, ... one, or None
+  //   normalise_step(state)                    replaces state["step"] by a 0-dim CPU float32 tensor
+  // Returns "" or the reason why the native drivers cannot serve these tensors. On a reason or an
+  // exception nothing has changed.
+  std::string refresh(PyObject* param_groups, PyObject* state, PyObject* host);
+
+  // Runs the step over the table and clears it. `skipped` undoes the state that refresh created.
+  cpu::StepResult apply(const cpu::StepOptions& options);
+  double squared_norm(int threads);
+
+  // Drops the table, and the state that was created for it.
+  void roll_back();
+
+  size_t rows() const { return rows_.size(); }
+  size_t flat_rows() const;
+
+ private:
+  struct Operands {
+    TensorView view[kOperands];
+    PyObject* object[kOperands];
+  };
+  struct HyperKey {
+    PyObject* name;
+    int count;
+  };
+  struct Created {
+    Ref dict;
+    Ref key;
+  };
+
+  void clear();
+  std::string build(PyObject* param_groups, PyObject* state);
+  void read_group(PyObject* group, size_t index);
+  std::string add_row(PyObject* param, GradRef grad, size_t group);
+  std::string read_operand(PyObject* object, const char* role, TensorView* view, DType* dtype);
+  PyObject* state_tensor(PyObject* state, int k, PyObject* param, uint8_t* first);
+  void read_step(PyObject* state, PyObject* param, Row* row);
+  std::string lay_out(Operands* operands, int count, Row* row, PyObject* param);
+  std::string where() const;
+  void own_tensors();
+
+  const RuleId rule_;
+  const bool has_step_;
+  std::vector<HyperKey> hyper_keys_;
+  std::vector<PyObject*> state_keys_;
+
+  std::vector<Row> rows_;
+  std::vector<Group> groups_;
+  std::vector<Layout> layouts_;
+  std::vector<PyObject*> params_;  // of the rows, borrowed from the param groups
+  std::vector<Ref> alive_;         // temporaries, and gradients while the GIL is released
+  std::vector<Created> created_;
+  StateIndex index_;
+  int64_t elements_ = 0;
+  bool busy_ = false;  // the GIL is released inside apply
+
+  // While refresh runs.
+  PyObject* host_ = nullptr;
+  PyObject* state_ = nullptr;
+  size_t group_index_ = 0;
+  size_t param_index_ = 0;
+};
+
+int active_states(RuleId rule, const double* hyper);
+
+}  // namespace fusedopt::host

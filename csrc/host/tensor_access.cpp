@@ -1,0 +1,169 @@
+#include "host/tensor_access.h"
+
+#include <algorithm>
+#include <exception>
+
+namespace fusedopt::host {
+
+TensorAccess& TensorAccess::instance() {
+  // Never destroyed: it holds Python references, and the interpreter is gone by then.
+  static TensorAccess* access = new TensorAccess;
+  return *access;
+}
+
+void TensorAccess::use_direct(const DirectFunctions& functions) {
+  direct_ = functions;
+  way_ = Way::kDirect;
+}
+
+void TensorAccess::use_dlpack(PyObject* capsule) {
+  const auto* api = static_cast<const dlpack::ExchangeApi*>(
+      PyCapsule_GetPointer(capsule, dlpack::kExchangeApiCapsule));
+  if (api == nullptr) throw PythonError{};
+  if (api->header.version.major != dlpack::kMajorVersion || api->borrow == nullptr)
+    raise(PyExc_RuntimeError, "the DLPack exchange API of this torch is of another version");
+  api_ = api;
+  way_ = Way::kDlpack;
+}
+
+void TensorAccess::use_python(PyObject* describe) {
+  describe_ = Ref::borrow(describe);
+  way_ = Way::kPython;
+}
+
+void TensorAccess::set_types(PyObject* base, PyObject* plain) {
+  const Ref types = Ref::checked(PySequence_Tuple(plain));
+  if (!PyType_Check(base)) raise(PyExc_TypeError, "base must be a class");
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(types.get()); ++i) {
+    PyObject* type = PyTuple_GET_ITEM(types.get(), i);
+    if (!PyType_Check(type) || !PyType_IsSubtype(reinterpret_cast<PyTypeObject*>(type),
+                                                 reinterpret_cast<PyTypeObject*>(base)))
+      raise(PyExc_TypeError, "plain must hold subclasses of base");
+  }
+  // Held for ever: the classes of torch live as long as the process.
+  Py_INCREF(base);
+  base_type_ = reinterpret_cast<PyTypeObject*>(base);
+  plain_types_.clear();
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(types.get()); ++i) {
+    PyObject* type = PyTuple_GET_ITEM(types.get(), i);
+    Py_INCREF(type);
+    plain_types_.push_back(reinterpret_cast<PyTypeObject*>(type));
+  }
+}
+
+const char* TensorAccess::name() const {
+  switch (way_) {
+    case Way::kDirect:
+      return "direct";
+    case Way::kDlpack:
+      return "dlpack";
+    case Way::kPython:
+      break;
+  }
+  return "python";
+}
+
+bool TensorAccess::is_plain(PyObject* object) const {
+  return std::find(plain_types_.begin(), plain_types_.end(), Py_TYPE(object)) !=
+         plain_types_.end();
+}
+
+bool TensorAccess::is_tensor(PyObject* object) const {
+  return is_plain(object) ||
+         (base_type_ != nullptr && PyType_IsSubtype(Py_TYPE(object), base_type_));
+}
+
+void TensorAccess::check_tensor(PyObject* object) const {
+  if (!is_tensor(object)) raise(PyExc_TypeError, "expected a torch.Tensor, got " + repr(object));
+}
+
+const void* TensorAccess::tensor_in(PyObject* object) const {
+  return reinterpret_cast<const char*>(object) + direct_.tensor_offset;
+}
+
+bool TensorAccess::read(PyObject* tensor, TensorView* out) const {
+  check_tensor(tensor);
+  switch (way_) {
+    case Way::kDirect: {
+      GradRef ref;
+      ref.tensor = tensor_in(tensor);
+      return read(ref, out);
+    }
+    case Way::kDlpack:
+      if (api_->borrow(tensor, &out->dl) == 0) return true;
+      PyErr_Clear();  // a sparse or otherwise indescribable tensor: the caller resolves it
+      return false;
+    case Way::kPython:
+      break;
+  }
+  if (!describe_) raise(PyExc_RuntimeError, "fusedopt was imported without its tensor access");
+  const Ref described = Ref::checked(PyObject_CallOneArg(describe_.get(), tensor));
+  if (described.get() == Py_None) return false;
+  unsigned long long data;
+  int device_type, device_index, code, bits;
+  PyObject *shape, *strides;
+  if (!PyArg_ParseTuple(described.get(), "KiiiiO!O!", &data, &device_type, &device_index, &code,
+                        &bits, &PyTuple_Type, &shape, &PyTuple_Type, &strides))
+    throw PythonError{};
+  const Py_ssize_t ndim = PyTuple_GET_SIZE(shape);
+  out->owned.resize(2 * ndim);
+  for (Py_ssize_t d = 0; d < ndim; ++d) {
+    out->owned[d] = PyLong_AsLongLong(PyTuple_GET_ITEM(shape, d));
+    out->owned[ndim + d] = PyLong_AsLongLong(PyTuple_GET_ITEM(strides, d));
+  }
+  if (PyErr_Occurred()) throw PythonError{};
+  out->dl = {reinterpret_cast<void*>(data),
+             {device_type, device_index},
+             static_cast<int32_t>(ndim),
+             {static_cast<uint8_t>(code), static_cast<uint8_t>(bits), 1},
+             out->owned.data(),
+             out->owned.data() + ndim,
+             0};
+  return true;
+}
+
+bool TensorAccess::read(const GradRef& grad, TensorView* out) const {
+  if (grad.tensor == nullptr) return read(grad.object.get(), out);
+  try {
+    direct_.to_dlpack(grad.tensor, &out->dl);
+    return true;
+  } catch (const std::exception&) {
+    return false;  // a sparse or otherwise indescribable tensor: the caller resolves it
+  }
+}
+
+GradRef TensorAccess::grad(PyObject* param) const {
+  check_tensor(param);
+  GradRef result;
+  if (way_ == Way::kDirect) {
+    const void* impl = *static_cast<const void* const*>(tensor_in(param));
+    const void* tensor = direct_.grad(impl);
+    if (*static_cast<const void* const*>(tensor) != direct_.undefined_impl) result.tensor = tensor;
+    return result;
+  }
+  static PyObject* const name = interned("grad");
+  Ref object = Ref::checked(PyObject_GetAttr(param, name));
+  if (object.get() != Py_None) result.object = std::move(object);
+  return result;
+}
+
+void TensorAccess::bump_versions(const std::vector<PyObject*>& tensors) const {
+  if (way_ == Way::kDirect) {
+    for (PyObject* tensor : tensors) direct_.bump_version(tensor_in(tensor));
+    return;
+  }
+  static PyObject* const increment = [] {
+    const Ref module = Ref::checked(PyImport_ImportModule("torch.autograd.graph"));
+    PyObject* function = PyObject_GetAttrString(module.get(), "increment_version");
+    if (function == nullptr) throw PythonError{};
+    return function;
+  }();
+  const Ref list = Ref::checked(PyList_New(static_cast<Py_ssize_t>(tensors.size())));
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    Py_INCREF(tensors[i]);
+    PyList_SET_ITEM(list.get(), static_cast<Py_ssize_t>(i), tensors[i]);
+  }
+  Ref::checked(PyObject_CallOneArg(increment, list.get()));
+}
+
+}  // namespace fusedopt::host

@@ -1,0 +1,45 @@
+// The contract of a rule: the maths of one element, and nothing else.
+//
+// A rule knows no memory, no dtype and no thread; drivers load, store, clip, unscale and skip. The
+// same header is compiled into the CPU and the CUDA driver. To add an optimizer, write a struct
+// like AdamW (adamw.h), and add it to registry.h:
+//
+//   struct MyRule {
+//     static constexpr const char* kName;            // as the Python class names it
+//     static constexpr const char* kHyperNames[];    // keys of the param group; "betas[2]" is a pair
+//     static constexpr const char* kStateNames[];    // keys of the param's state, at most kMaxStates
+//     static constexpr bool kHasStep;                // whether the state has a step count
+//     static constexpr int kMinStates;               // fewest states in use, see states()
+//     struct Hyper { double ...; };                  // in the order of kHyperNames
+//     static int states(const Hyper&);               // how many states these hyperparameters use
+//     template <class T> struct Scalars { ... };     // derived once a tensor, used by each element
+//     template <class T> static Scalars<T> prepare(const Hyper&, double step, bool first);
+//     template <int kStates, class T>                // one element, in registers
+//     static void update(T& param, T grad, T* state, const Scalars<T>&);
+//   };
+//
+// T is float, or double for float64 params. `step` counts from 1; `first` says that the state was
+// created for this step. Use fma() where a fused multiply-add is meant: contraction is switched
+// off, so that CPU and CUDA agree bit for bit. Switch a term off by choosing its operand, select(on,
+// param, 0): multiplying with zero would make a NaN of an infinity, and a choice between two
+// computed values keeps g++ from vectorising the loop.
+#pragma once
+
+#include <cmath>
+
+#include "core/dtype.h"
+
+namespace fusedopt {
+
+FUSEDOPT_FN float fma(float a, float b, float c) { return fmaf(a, b, c); }
+FUSEDOPT_FN double fma(double a, double b, double c) { return ::fma(a, b, c); }
+FUSEDOPT_FN float square_root(float x) { return sqrtf(x); }
+FUSEDOPT_FN double square_root(double x) { return ::sqrt(x); }
+
+// A switch of type T, 1 or 0: a comparison in the width of the data vectorises, a bool does not.
+template <class T>
+FUSEDOPT_FN T select(T on, T yes, T no) {
+  return on != T(0) ? yes : no;
+}
+
+}  // namespace fusedopt

@@ -1,0 +1,30 @@
+"""Fused optimizers for PyTorch: one step, one pass over memory.
+
+>>> import fusedopt
+>>> optimizer = fusedopt.FusedAdamW(model.parameters(), lr=3e-4, max_grad_norm=1.0)
+"""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from fusedopt.adamw import FusedAdam, FusedAdamW
+from fusedopt.clip import clip_grad_norm_, clip_grad_value_, get_total_norm
+from fusedopt.fuse import fuse
+from fusedopt.optimizer import FusedOptimizer
+from fusedopt.sgd import FusedSGD
+
+try:
+    __version__ = version("fusedopt")
+except PackageNotFoundError:  # a source tree that was never installed
+    __version__ = "0+unknown"
+
+__all__ = [
+    "FusedAdam",
+    "FusedAdamW",
+    "FusedOptimizer",
+    "FusedSGD",
+    "__version__",
+    "clip_grad_norm_",
+    "clip_grad_value_",
+    "fuse",
+    "get_total_norm",
+]

@@ -1,0 +1,84 @@
+"""Plain torch ops, on any device: the fallback of the kernels, and the tests' second voice.
+
+It shares no code with the C++ drivers. Elements are widened to float32 (float64 where any tensor of
+the row is float64), updated, and rounded once on the way back.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fusedopt.distributed import all_reduce_sum
+from fusedopt.plan import Row, collect
+from fusedopt.rule import Rule, maths_dtype
+
+if TYPE_CHECKING:
+    from fusedopt.backends import Request
+    from fusedopt.optimizer import FusedOptimizer
+
+
+def unavailable() -> str:
+    return ""
+
+
+@torch.no_grad()
+def step(optimizer: FusedOptimizer, request: Request) -> str:
+    rule = optimizer.rule
+    table = collect(rule, optimizer.param_groups, optimizer.state)
+    scale = 1.0 if request.grad_scale is None else float(request.grad_scale)
+    skipped = request.found_inf is not None and float(request.found_inf) != 0
+    coef = 1.0
+    device = table.rows[0].param.device if table.rows else torch.device("cpu")
+    if request.needs_norm:
+        squares = squared_norm([row.grad for row in table.rows], device)
+        if request.process_group is not None:
+            squares = all_reduce_sum(squares, request.process_group)
+        total_norm = squares.sqrt() / scale
+        optimizer._norm_buffer(device).copy_(total_norm)
+        norm = float(total_norm)
+        if request.max_grad_norm is not None:
+            ratio = request.max_grad_norm / (norm + 1e-6)
+            coef = 1.0 if ratio > 1 else ratio
+        skipped |= request.skip_nonfinite and not bool(total_norm.isfinite())
+    if skipped:
+        table.roll_back()
+        optimizer._skipped_buffer(device).add_(1)
+        return ""
+    for row in table.rows:
+        _update(rule, row, coef / scale, request.clip_grad_value)
+    return ""
+
+
+def squared_norm(grads: list[Tensor], device: torch.device) -> Tensor:
+    """Sum of the squares of all elements, a 0-dim tensor on `device`: float64, or float32 where the
+    device has no float64."""
+    dtype = torch.float32 if device.type == "mps" else torch.float64
+    total = torch.zeros((), dtype=dtype, device=device)
+    for grad in grads:
+        values = torch.view_as_real(grad.resolve_conj()) if grad.is_complex() else grad
+        total += values.to(dtype).square().sum().to(device)
+    return total
+
+
+def _update(rule: Rule, row: Row, factor: float, clip_value: float | None) -> None:
+    tensors = [row.param, row.grad, *row.state]
+    dtype = maths_dtype(tensors)
+    if row.param.is_complex():
+        tensors = [torch.view_as_real(t.resolve_conj()) for t in tensors]
+    param, grad, *state = tensors
+    grad = grad.to(dtype) * (-factor if row.group["maximize"] else factor)
+    if clip_value is not None:
+        grad = grad.clamp(-clip_value, clip_value)
+    step = 0.0 if row.step is None else float(row.step) + 1
+    wide_state = [s.to(dtype) for s in state]
+    new_param, new_state = rule.update(
+        param.to(dtype), grad, wide_state, row.group, step, row.first
+    )
+    for old, new in zip(state, new_state, strict=True):
+        old.copy_(new)
+    param.copy_(new_param)
+    if row.step is not None:
+        row.step += 1

@@ -1,0 +1,125 @@
+"""Drop-ins for the gradient clipping functions of torch.nn.utils."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from fusedopt._native import _C
+
+
+def _gradients(parameters: Tensor | Iterable[Tensor]) -> list[Tensor]:
+    params = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    return [p.grad for p in params if p.grad is not None]
+
+
+def _native_norm(tensors: list[Tensor], norm_type: float) -> Tensor | None:
+    """The L2 norm by the C++ kernels, None where they do not serve."""
+    if _C is None or norm_type != 2.0 or not tensors:
+        return None
+    result = _C.squared_norm(tensors, torch.get_num_threads())
+    if isinstance(result, str):
+        return None
+    squares, any_float64 = result
+    dtype = torch.float64 if any_float64 else torch.float32
+    return torch.tensor(math.sqrt(squares), dtype=dtype)
+
+
+@torch.no_grad()
+def get_total_norm(
+    tensors: Tensor | Iterable[Tensor],
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+    foreach: bool | None = None,
+) -> Tensor:
+    """The norm of all tensors as one vector, as torch.nn.utils.get_total_norm.
+
+    Dense CPU tensors with norm_type 2 take one pass in C++, with squares summed in float64, so that
+    no float32 gradient overflows; anything else is handed to torch.
+
+    Args:
+        tensors: a tensor or an iterable of them, of any shapes and floating dtypes.
+        norm_type: order of the norm.
+        error_if_nonfinite: raise where the norm is NaN or infinite.
+        foreach: handed to torch where torch computes the norm.
+
+    Returns:
+        A 0-dim tensor: float32, or float64 where a tensor is float64.
+
+    Raises:
+        RuntimeError: a non-finite norm with error_if_nonfinite=True.
+    """
+    tensors = [tensors] if isinstance(tensors, Tensor) else list(tensors)
+    total = _native_norm(tensors, float(norm_type))
+    if total is None:
+        return torch.nn.utils.get_total_norm(tensors, norm_type, error_if_nonfinite, foreach)
+    if error_if_nonfinite and not total.isfinite():
+        raise RuntimeError(
+            f"The total norm of order {float(norm_type)} for gradients from `parameters` is "
+            "non-finite, so it cannot be clipped. To disable this error and scale the gradients "
+            "by the non-finite norm anyway, set `error_if_nonfinite=False`"
+        )
+    return total
+
+
+def _scale(grads: list[Tensor], coef: float, limit: float) -> bool:
+    """grad = clamp(grad * coef, -limit, limit) in C++; False where it does not serve."""
+    if _C is None or not grads or _C.scale_(grads, coef, limit, torch.get_num_threads()):
+        return False
+    increment_version(grads)
+    return True
+
+
+@torch.no_grad()
+def clip_grad_norm_(
+    parameters: Tensor | Iterable[Tensor],
+    max_norm: float,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+    foreach: bool | None = None,
+) -> Tensor:
+    """Scales the gradients in place so that their total norm is at most max_norm, as
+    torch.nn.utils.clip_grad_norm_: by min(1, max_norm / (total_norm + 1e-6)).
+
+    An optimizer's own `max_grad_norm` does the same without writing the gradients.
+
+    Args:
+        parameters: a tensor or an iterable of them; those without a gradient are left out.
+        max_norm: the largest total norm that is left as it is.
+        norm_type, error_if_nonfinite, foreach: as in `get_total_norm`.
+
+    Returns:
+        The total norm before clipping, a 0-dim tensor as `get_total_norm` gives.
+    """
+    grads = _gradients(parameters)
+    max_norm = float(max_norm)
+    total = get_total_norm(grads, norm_type, error_if_nonfinite, foreach)
+    coef = max_norm / (float(total) + 1e-6) if total.device.type == "cpu" else None
+    if coef is not None and coef >= 1:
+        return total  # nothing to scale, nothing written
+    if coef is None or not _scale(grads, coef, float("inf")):
+        scale = torch.clamp(max_norm / (total + 1e-6), max=1.0)
+        for grad in grads:
+            grad.mul_(scale.to(grad.device))
+    return total
+
+
+@torch.no_grad()
+def clip_grad_value_(
+    parameters: Tensor | Iterable[Tensor], clip_value: float, foreach: bool | None = None
+) -> None:
+    """Clamps the gradients in place to [-clip_value, clip_value], as
+    torch.nn.utils.clip_grad_value_; a NaN stays a NaN.
+
+    Args:
+        parameters: a tensor or an iterable of them; those without a gradient are left out.
+        clip_value: the largest absolute value that is left as it is.
+        foreach: handed to torch where torch clips.
+    """
+    params = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    if not _scale(_gradients(params), 1.0, float(clip_value)):
+        torch.nn.utils.clip_grad_value_(params, clip_value, foreach)

@@ -1,0 +1,190 @@
+"""FusedOptimizer: what all fused optimizers share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, ParamsT
+
+from fusedopt import backends, checks, checkpoint
+from fusedopt.plan import Host
+from fusedopt.rule import Rule
+
+options_doc = """        maximize: maximize the objective.
+        capturable: accepted for drop-in use; every step of a GPU backend can be captured.
+        foreach, fused: accepted for drop-in use and without effect.
+        differentiable: accepted for drop-in use; True raises RuntimeError.
+        max_grad_norm: clip the gradients of all groups together to this L2 norm, as
+            torch.nn.utils.clip_grad_norm_ before the step, but in registers: `.grad` is never
+            written. `inf` measures the norm without clipping.
+        clip_grad_value: clamp each gradient element to +-this value; not with max_grad_norm.
+        skip_nonfinite: where the total norm is NaN or infinite, the step changes no param, no state
+            and no step count, and `skipped_steps` goes up by one.
+        process_group: a torch.distributed group over whose ranks the params are spread: the norm is
+            that of all ranks together.
+        backend: "auto" (the environment variable FUSEDOPT_BACKEND, else the first that can serve of
+            cuda, triton, cpu, reference), or one of them by name.
+"""
+
+
+class FusedOptimizer(Optimizer):
+    """Base class: a subclass gives its `rule`, its constructor and `check_group`.
+
+    One `step()` is one pass over the memory of all params, whatever their number, groups and
+    dtypes. `param_groups`, `state` and `state_dict()` are those of torch.optim.
+    """
+
+    rule: ClassVar[Rule]
+
+    # Not part of a checkpoint or a copy: made anew where missing.
+    _native_plan: Any = None
+    _backend_in_use: str | None = None
+    _norm_tensor: Tensor | None = None
+    _skipped_tensor: Tensor | None = None
+
+    def __init__(
+        self,
+        params: ParamsT,
+        defaults: dict[str, Any],
+        *,
+        max_grad_norm: float | None,
+        clip_grad_value: float | None,
+        skip_nonfinite: bool,
+        process_group: Any,
+        backend: str,
+    ) -> None:
+        self.check_group(defaults)
+        checks.clip_options(max_grad_norm, clip_grad_value)
+        if not isinstance(skip_nonfinite, bool):
+            raise TypeError(f"skip_nonfinite must be a bool, got {skip_nonfinite!r}")
+        backends.candidates(backends.check_name(backend))
+        self.max_grad_norm = max_grad_norm
+        self.clip_grad_value = clip_grad_value
+        self.skip_nonfinite = skip_nonfinite
+        self.process_group = process_group
+        self.backend = backend
+        self._host = Host(self.rule)
+        super().__init__(params, defaults)
+
+    @classmethod
+    def check_group(cls, group: dict[str, Any]) -> None:
+        """Raises for hyperparameters out of range (ValueError) or of a wrong type (TypeError)."""
+        raise NotImplementedError
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a param group, as torch.optim; its hyperparameters are checked first."""
+        if isinstance(param_group, dict):
+            self.check_group({**self.defaults, **param_group})
+        super().add_param_group(param_group)
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Performs one step.
+
+        Args:
+            closure: re-evaluates the model and returns the loss; called once, with grad enabled.
+
+        Returns:
+            The loss of the closure, or None.
+
+        Raises:
+            RuntimeError: tensors that the chosen backend cannot serve, with the reason.
+            ValueError, TypeError: a hyperparameter, gradient or state that does not fit its param.
+                Nothing has changed then.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        request = backends.Request(
+            self.max_grad_norm,
+            self.clip_grad_value,
+            self.skip_nonfinite,
+            getattr(self, "grad_scale", None),
+            getattr(self, "found_inf", None),
+            self.process_group,
+        )
+        if self._backend_in_use is None or backends.BACKENDS[self._backend_in_use].step(
+            self, request
+        ):
+            self._choose_backend(request)
+        return loss
+
+    def _choose_backend(self, request: backends.Request) -> None:
+        """Runs the step with the first backend that can serve these tensors."""
+        reasons = []
+        for name, module in backends.candidates(backends.check_name(self.backend)):
+            reason = module.step(self, request)
+            if not reason:
+                self._backend_in_use = name
+                return
+            reasons.append(f"{name}: {reason}")
+        raise RuntimeError("no backend can serve this step; " + "; ".join(reasons))
+
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """Total L2 norm of the gradients of the last step, before clipping and after unscaling.
+
+        A 0-dim float32 tensor on the params' device, the same tensor for each step: clone it to
+        keep a value. None before the first step, and where neither `max_grad_norm` nor
+        `skip_nonfinite` asks for a norm.
+        """
+        return self._norm_tensor
+
+    @property
+    def skipped_steps(self) -> Tensor:
+        """How many steps `skip_nonfinite` or a GradScaler's overflow has made a no-op.
+
+        A 0-dim int64 tensor on the params' device, the same tensor for each step.
+        """
+        return self._skipped_buffer()
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether GradScaler hands the scale over instead of unscaling `.grad` itself: only where
+        an option of our own needs it, because frameworks take it as "clips by itself"."""
+        return (
+            self.max_grad_norm is not None
+            or self.clip_grad_value is not None
+            or bool(self.skip_nonfinite)
+        )
+
+    def _norm_buffer(self, device: torch.device | str) -> Tensor:
+        if self._norm_tensor is None:
+            self._norm_tensor = torch.zeros((), dtype=torch.float32, device=device)
+        return self._norm_tensor
+
+    def _skipped_buffer(self, device: torch.device | str = "cpu") -> Tensor:
+        if self._skipped_tensor is None:
+            self._skipped_tensor = torch.zeros((), dtype=torch.int64, device=device)
+        return self._skipped_tensor
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads a state_dict of fusedopt or of torch.optim, of any implementation of it.
+
+        Every tensor keeps its saved dtype and goes to its param's device and layout. All is
+        checked before anything is changed.
+
+        Raises:
+            ValueError: groups, shapes, dtypes or values that do not fit.
+            TypeError: entries of a wrong type.
+        """
+        checkpoint.load(self, state_dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state: dict[str, Any] = super().__getstate__()
+        for name in ("max_grad_norm", "clip_grad_value", "skip_nonfinite", "process_group"):
+            state[name] = getattr(self, name)
+        state["backend"] = self.backend
+        state["_norm_tensor"] = self._norm_tensor
+        state["_skipped_tensor"] = self._skipped_tensor
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._host = Host(self.rule)
+        for group in self.param_groups:
+            for name, default in self.defaults.items():
+                group.setdefault(name, default)

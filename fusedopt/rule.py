@@ -1,0 +1,46 @@
+"""What a fused optimizer is made of: the Python half of a rule (csrc/rules/rule.h is the other)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# update(param, grad, state, group, step, first) -> (param, state): the same maths in plain torch
+# ops, out of place. All tensors have the param's shape and the dtype of the maths; `step` counts
+# from 1; `first` says that the state was created for this step.
+Update = Callable[
+    [Tensor, Tensor, list[Tensor], dict[str, Any], float, bool], tuple[Tensor, list[Tensor]]
+]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """The description of an elementwise optimizer.
+
+    Attributes:
+        name: of the C++ rule, as `_C.rules()` lists it.
+        hyper: keys of the param group that the C++ rule reads, in its order; "betas[2]" is a pair.
+        state: keys of the param's state, in the order of the C++ rule.
+        has_step: whether the state has a "step".
+        states: how many of the state tensors a param group uses.
+        update: the maths in plain torch ops.
+        sparse_error: the message for a sparse gradient, or None where it is taken as a dense one.
+    """
+
+    name: str
+    hyper: tuple[str, ...]
+    state: tuple[str, ...]
+    has_step: bool
+    states: Callable[[dict[str, Any]], int]
+    update: Update
+    sparse_error: str | None = None
+
+
+def maths_dtype(tensors: list[Tensor]) -> torch.dtype:
+    """float64 where any tensor is float64 or complex128, else float32."""
+    wide = {torch.float64, torch.complex128}
+    return torch.float64 if any(t.dtype in wide for t in tensors) else torch.float32

@@ -1,0 +1,1 @@
+"""Triton kernels of fusedopt, imported as fusedopt.triton_kernels. None yet."""
