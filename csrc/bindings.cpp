@@ -24,6 +24,7 @@ namespace fusedopt {
 namespace {
 
 using host::Plan;
+using host::RuleKeys;
 using host::TensorAccess;
 using host::TensorView;
 
@@ -36,21 +37,15 @@ auto guarded(F f) {
   }
 }
 
-struct RuleInfo {
-  RuleId id;
-  std::vector<std::string> hyper, state;
-  bool has_step;
-};
-
 template <class Rule>
-RuleInfo describe_rule(RuleId id) {
-  RuleInfo info{id, {}, {}, Rule::kHasStep};
+RuleKeys describe_rule(RuleId id) {
+  RuleKeys info{id, {}, {}, Rule::kHasStep};
   for (const char* name : Rule::kHyperNames) info.hyper.emplace_back(name);
   for (const char* name : Rule::kStateNames) info.state.emplace_back(name);
   return info;
 }
 
-RuleInfo find_rule(const std::string& name) {
+RuleKeys find_rule(const std::string& name) {
 #define FUSEDOPT_FIND(Rule) \
   if (name == Rule::kName) return describe_rule<Rule>(RuleId::k##Rule);
   FUSEDOPT_RULES(FUSEDOPT_FIND)
@@ -62,7 +57,7 @@ py::dict rules() {
   py::dict all;
 #define FUSEDOPT_LIST(Rule)                                               \
   {                                                                       \
-    const RuleInfo info = describe_rule<Rule>(RuleId::k##Rule);           \
+    const RuleKeys info = describe_rule<Rule>(RuleId::k##Rule);           \
     all[Rule::kName] =                                                    \
         py::make_tuple(py::cast(info.hyper), py::cast(info.state), info.has_step); \
   }
@@ -190,9 +185,8 @@ PYBIND11_MODULE(_C, m) {
 
   py::class_<Plan>(m, "Plan")
       .def(py::init([](const std::string& rule) {
-             const RuleInfo info = find_rule(rule);
-             return guarded(
-                 [&] { return new Plan(info.id, info.has_step, info.hyper, info.state); });
+             const RuleKeys keys = find_rule(rule);
+             return guarded([&] { return new Plan(keys); });
            }),
            py::arg("rule"))
       .def(
@@ -207,9 +201,11 @@ PYBIND11_MODULE(_C, m) {
            py::arg("skipped_steps"))
       .def(
           "squared_norm",
-          [](Plan& plan, int threads) { return plan.squared_norm(checked_threads(threads)); },
+          [](Plan& plan, int threads) {
+            return guarded([&] { return plan.squared_norm(checked_threads(threads)); });
+          },
           py::arg("threads"))
-      .def("roll_back", &Plan::roll_back)
+      .def("roll_back", [](Plan& plan) { guarded([&] { plan.roll_back(); }); })
       .def_property_readonly("rows", &Plan::rows)
       .def_property_readonly("flat_rows", &Plan::flat_rows);
 

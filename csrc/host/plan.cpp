@@ -9,44 +9,32 @@
 namespace fusedopt::host {
 namespace {
 
-bool same_shape(const TensorView& a, const TensorView& b) {
-  return a.dl.ndim == b.dl.ndim && std::equal(a.dl.shape, a.dl.shape + a.dl.ndim, b.dl.shape);
-}
+constexpr int kParamsKey = 0, kMaximizeKey = 1, kFirstHyperKey = 2;  // of the group reader
+constexpr int kMaxKeys = kFirstHyperKey + kMaxHyper;
 
 // Lets other Python threads run while it lives.
 class WithoutGil {
  public:
-  WithoutGil() : thread_(PyEval_SaveThread()) {}
-  ~WithoutGil() { PyEval_RestoreThread(thread_); }
+  explicit WithoutGil(bool* busy) : busy_(busy), thread_(PyEval_SaveThread()) { *busy_ = true; }
+  ~WithoutGil() {
+    PyEval_RestoreThread(thread_);
+    *busy_ = false;
+  }
   WithoutGil(const WithoutGil&) = delete;
   WithoutGil& operator=(const WithoutGil&) = delete;
 
  private:
+  bool* busy_;
   PyThreadState* thread_;
 };
 
-struct Busy {
-  explicit Busy(bool* flag) : flag(flag) { *flag = true; }
-  ~Busy() { *flag = false; }
-  bool* flag;
-};
-
-std::string shape_text(const TensorView& view) {
-  std::string text = "[";
-  for (int d = 0; d < view.dl.ndim; ++d)
-    text += (d ? ", " : "") + std::to_string(view.size(d));
-  return text + "]";
-}
-
-}  // namespace
-
 int active_states(RuleId rule, const double* hyper) {
   switch (rule) {
-#define FUSEDOPT_STATES(Rule)           \
-  case RuleId::k##Rule: {               \
-    Rule::Hyper h;                      \
-    std::memcpy(&h, hyper, sizeof h);   \
-    return Rule::states(h);             \
+#define FUSEDOPT_STATES(Rule)         \
+  case RuleId::k##Rule: {             \
+    Rule::Hyper h;                    \
+    std::memcpy(&h, hyper, sizeof h); \
+    return Rule::states(h);           \
   }
     FUSEDOPT_RULES(FUSEDOPT_STATES)
 #undef FUSEDOPT_STATES
@@ -55,6 +43,35 @@ int active_states(RuleId rule, const double* hyper) {
   }
   return 0;
 }
+
+std::string base_name(const std::string& key) { return key.substr(0, key.find('[')); }
+
+std::vector<PyObject*> group_names(const RuleKeys& keys) {
+  std::vector<PyObject*> names = {interned("params"), interned("maximize")};
+  for (const std::string& key : keys.hyper) names.push_back(interned(base_name(key).c_str()));
+  return names;
+}
+
+std::vector<PyObject*> state_names(const RuleKeys& keys) {
+  std::vector<PyObject*> names;
+  for (const std::string& key : keys.state) names.push_back(interned(key.c_str()));
+  if (keys.has_step) names.push_back(interned("step"));
+  return names;
+}
+
+bool same_shape(const TensorView& a, const TensorView& b) {
+  return a.dl.ndim == b.dl.ndim && std::equal(a.dl.shape, a.dl.shape + a.dl.ndim, b.dl.shape);
+}
+
+std::string shape_text(const TensorView& view) {
+  std::string text = "[";
+  for (int d = 0; d < view.dl.ndim; ++d) text += (d ? ", " : "") + std::to_string(view.size(d));
+  return text + "]";
+}
+
+bool has_memory(const TensorView& view) { return view.dl.data != nullptr || view.numel() == 0; }
+
+}  // namespace
 
 void StateIndex::build(PyObject* state, size_t params) {
   size_t capacity = 16;
@@ -78,20 +95,33 @@ StateIndex::Slot& StateIndex::find(PyObject* param) {
   }
 }
 
-Plan::Plan(RuleId rule, bool has_step, std::vector<std::string> hyper_keys,
-           std::vector<std::string> state_keys)
-    : rule_(rule), has_step_(has_step) {
-  for (const std::string& text : hyper_keys) {
-    const size_t bracket = text.find('[');
-    const int count = bracket == std::string::npos ? 1 : text[bracket + 1] - '0';
-    hyper_keys_.push_back({interned(text.substr(0, bracket).c_str()), count});
+Plan::Plan(const RuleKeys& keys)
+    : rule_(keys.id),
+      has_step_(keys.has_step),
+      state_keys_(state_names(keys)),
+      group_reader_(group_names(keys)),
+      state_reader_(state_names(keys)) {
+  for (const std::string& key : keys.hyper) {
+    const size_t bracket = key.find('[');
+    const int count = bracket == std::string::npos ? 1 : key[bracket + 1] - '0';
+    hyper_keys_.push_back({interned(base_name(key).c_str()), count});
   }
-  for (const std::string& text : state_keys) state_keys_.push_back(interned(text.c_str()));
 }
 
 std::string Plan::where() const {
   return "param_groups[" + std::to_string(group_index_) + "][\"params\"][" +
          std::to_string(param_index_) + "]";
+}
+
+std::string Plan::role(int operand) const {
+  if (operand == kParam) return "param";
+  if (operand == kGrad) return "grad";
+  return PyUnicode_AsUTF8(state_keys_[operand - kState0]);
+}
+
+bool Plan::refuse(const std::string& reason) {
+  reason_ = reason;
+  return false;
 }
 
 void Plan::clear() {
@@ -104,21 +134,26 @@ void Plan::clear() {
   elements_ = 0;
 }
 
+void Plan::check_idle() const {
+  if (busy_) raise(PyExc_RuntimeError, "step() of this optimizer is running in another thread");
+}
+
 void Plan::roll_back() {
+  check_idle();
   for (auto it = created_.rbegin(); it != created_.rend(); ++it)
     if (PyDict_DelItem(it->dict.get(), it->key.get()) != 0) PyErr_Clear();  // removed by the user
   clear();
 }
 
 std::string Plan::refresh(PyObject* param_groups, PyObject* state, PyObject* host) {
-  if (busy_) raise(PyExc_RuntimeError, "step() of this optimizer is running in another thread");
   roll_back();
+  if (!PyList_Check(param_groups)) raise(PyExc_TypeError, "param_groups must be a list");
+  if (!PyDict_Check(state)) raise(PyExc_TypeError, "state must be a dict");
   host_ = host;
   state_ = state;
+  reason_.clear();
   try {
-    std::string reason = build(param_groups, state);
-    if (!reason.empty()) roll_back();
-    return reason;
+    if (!build(param_groups)) roll_back();
   } catch (...) {
     PyObject *type, *value, *trace;
     PyErr_Fetch(&type, &value, &trace);
@@ -126,255 +161,221 @@ std::string Plan::refresh(PyObject* param_groups, PyObject* state, PyObject* hos
     PyErr_Restore(type, value, trace);
     throw;
   }
+  return reason_;
 }
 
-std::string Plan::build(PyObject* param_groups, PyObject* state) {
-  static PyObject* const params_key = interned("params");
+bool Plan::build(PyObject* param_groups) {
   const TensorAccess& access = TensorAccess::instance();
-  if (!PyList_Check(param_groups)) raise(PyExc_TypeError, "param_groups must be a list");
-  if (!PyDict_Check(state)) raise(PyExc_TypeError, "state must be a dict");
-
+  const size_t count = static_cast<size_t>(PyList_GET_SIZE(param_groups));
+  std::vector<Ref> lists;
+  lists.reserve(count);
+  groups_.resize(count);
   size_t total = 0;
-  std::vector<Ref> param_lists;
-  param_lists.reserve(PyList_GET_SIZE(param_groups));
-  for (Py_ssize_t g = 0; g < PyList_GET_SIZE(param_groups); ++g) {
-    PyObject* group = PyList_GET_ITEM(param_groups, g);
-    PyObject* params =
-        PyDict_Check(group) ? PyDict_GetItemWithError(group, params_key) : nullptr;
-    if (params == nullptr)
+  for (size_t g = 0; g < count; ++g) {
+    PyObject* group = PyList_GET_ITEM(param_groups, static_cast<Py_ssize_t>(g));
+    PyObject* values[kMaxKeys] = {};
+    if (PyDict_Check(group)) group_reader_.read(group, values);
+    if (values[kParamsKey] == nullptr)
       raise(PyExc_KeyError, "param_groups[" + std::to_string(g) + "] has no \"params\"");
-    param_lists.push_back(Ref::checked(PySequence_Fast(params, "\"params\" must be a list")));
-    total += static_cast<size_t>(PySequence_Fast_GET_SIZE(param_lists.back().get()));
+    lists.push_back(Ref::checked(PySequence_Fast(values[kParamsKey], "\"params\" must be a list")));
+    total += static_cast<size_t>(PySequence_Fast_GET_SIZE(lists.back().get()));
+    read_group(values, g);
   }
-  index_.build(state, total);
+  index_.build(state_, total);
   rows_.reserve(total);
   params_.reserve(total);
-  groups_.resize(param_lists.size());
 
-  for (size_t g = 0; g < param_lists.size(); ++g) {
-    PyObject* group = PyList_GET_ITEM(param_groups, static_cast<Py_ssize_t>(g));
+  for (size_t g = 0; g < count; ++g) {
     group_index_ = g;
-    bool read = false;
-    for (Py_ssize_t j = 0; j < PySequence_Fast_GET_SIZE(param_lists[g].get()); ++j) {
-      PyObject* param = PySequence_Fast_GET_ITEM(param_lists[g].get(), j);
+    for (Py_ssize_t j = 0; j < PySequence_Fast_GET_SIZE(lists[g].get()); ++j) {
+      PyObject* param = PySequence_Fast_GET_ITEM(lists[g].get(), j);
       param_index_ = static_cast<size_t>(j);
       if (!access.is_tensor(param))
         raise(PyExc_TypeError, where() + " must be a torch.Tensor, got " + repr(param));
       GradRef grad = access.grad(param);
-      if (grad.none()) continue;
-      if (!read) {
-        read_group(group, g);
-        read = true;
-      }
-      std::string reason = add_row(param, std::move(grad), g);
-      if (!reason.empty()) return reason;
+      if (!grad.none() && !add_row(param, std::move(grad), g)) return false;
     }
   }
-  return "";
+  return true;
 }
 
-void Plan::read_group(PyObject* group, size_t index) {
-  static PyObject* const maximize_key = interned("maximize");
+void Plan::read_group(PyObject* const* values, size_t index) {
+  const auto refuse = [&](PyObject* name, const std::string& what, PyObject* value) {
+    PyErr_Clear();
+    raise(PyExc_TypeError, "param_groups[" + std::to_string(index) + "][" + repr(name) +
+                               "] must be " + what + ", got " + repr(value));
+  };
   const auto number = [&](PyObject* value, PyObject* name) -> double {
     if (PyFloat_CheckExact(value)) return PyFloat_AS_DOUBLE(value);
     if (value == Py_False || value == Py_None) return 0;
     if (value == Py_True) return 1;
-    const auto refuse = [&](const char* what) {
-      PyErr_Clear();
-      raise(PyExc_TypeError, "param_groups[" + std::to_string(index) + "][" + repr(name) +
-                                 "] must be " + what + ", got " + repr(value));
-    };
-    if (PyNumber_Check(value) == 0) refuse("a number or a one-element tensor");
-    const Ref as_float = Ref::own(PyNumber_Float(value));
-    if (!as_float) refuse("a number or a one-element tensor");
+    const bool text = PyUnicode_Check(value) || PyBytes_Check(value);
+    const Ref as_float = Ref::own(text ? nullptr : PyNumber_Float(value));
+    if (!as_float) refuse(name, "a number or a one-element tensor", value);
     return PyFloat_AS_DOUBLE(as_float.get());
   };
-  const auto item = [&](PyObject* name) {
-    PyObject* value = PyDict_GetItemWithError(group, name);
+  Group& out = groups_[index];
+  std::fill(std::begin(out.hyper), std::end(out.hyper), 0.0);
+  int slot = 0;
+  for (size_t k = 0; k < hyper_keys_.size(); ++k) {
+    const HyperKey& key = hyper_keys_[k];
+    PyObject* value = values[kFirstHyperKey + k];
     if (value == nullptr) {
-      if (!PyErr_Occurred()) PyErr_SetObject(PyExc_KeyError, name);
+      PyErr_SetObject(PyExc_KeyError, key.name);
       throw PythonError{};
     }
-    return value;
-  };
-  Group& out = groups_[index];
-  int slot = 0;
-  std::fill(std::begin(out.hyper), std::end(out.hyper), 0.0);
-  for (const HyperKey& hyper : hyper_keys_) {
-    PyObject* value = item(hyper.name);
-    if (hyper.count == 1) {
-      out.hyper[slot++] = number(value, hyper.name);
+    if (key.count == 1) {
+      out.hyper[slot++] = number(value, key.name);
       continue;
     }
     const Ref items = Ref::own(PySequence_Fast(value, ""));
-    if (!items || PySequence_Fast_GET_SIZE(items.get()) != hyper.count) {
-      PyErr_Clear();
-      raise(PyExc_TypeError, "param_groups[" + std::to_string(index) + "][" + repr(hyper.name) +
-                                 "] must be " + std::to_string(hyper.count) + " numbers, got " +
-                                 repr(value));
-    }
-    for (int i = 0; i < hyper.count; ++i)
-      out.hyper[slot++] = number(PySequence_Fast_GET_ITEM(items.get(), i), hyper.name);
+    if (!items || PySequence_Fast_GET_SIZE(items.get()) != key.count)
+      refuse(key.name, std::to_string(key.count) + " numbers", value);
+    for (int i = 0; i < key.count; ++i)
+      out.hyper[slot++] = number(PySequence_Fast_GET_ITEM(items.get(), i), key.name);
   }
-  out.maximize = number(item(maximize_key), maximize_key) != 0;
+  PyObject* maximize = values[kMaximizeKey];
+  out.maximize = maximize != nullptr && PyObject_IsTrue(maximize) == 1;
 }
 
-std::string Plan::read_operand(PyObject* object, const char* role, TensorView* view, DType* dtype) {
+Ref Plan::resolve(PyObject* tensor, int operand) {
+  return Ref::checked(PyObject_CallMethod(host_, "resolve", "Osnn", tensor, role(operand).c_str(),
+                                          static_cast<Py_ssize_t>(group_index_),
+                                          static_cast<Py_ssize_t>(param_index_)));
+}
+
+bool Plan::read_operand(PyObject* object, int operand, TensorView* view, DType* dtype) {
   const TensorAccess& access = TensorAccess::instance();
   if (access.is_plain(object) && access.read(object, view) && floating_dtype(view->dl, dtype) &&
-      (view->dl.data != nullptr || view->numel() == 0))
-    return "";
-  Ref plain = Ref::checked(PyObject_CallMethod(host_, "resolve", "Osnn", object, role,
-                                               static_cast<Py_ssize_t>(group_index_),
-                                               static_cast<Py_ssize_t>(param_index_)));
+      has_memory(*view))
+    return true;
+  Ref plain = resolve(object, operand);
   if (plain.get() == Py_None || !access.read(plain.get(), view) ||
-      !floating_dtype(view->dl, dtype) || (view->dl.data == nullptr && view->numel() != 0))
-    return "the " + std::string(role) + " of " + where() +
-           " is not a dense tensor of float32, float64, bfloat16 or float16 in memory";
+      !floating_dtype(view->dl, dtype) || !has_memory(*view))
+    return refuse("the " + role(operand) + " of " + where() +
+                  " is not a dense tensor of float32, float64, bfloat16 or float16 in memory");
   alive_.push_back(std::move(plain));
-  return "";
+  return true;
 }
 
-PyObject* Plan::state_tensor(PyObject* state, int k, PyObject* param, uint8_t* first) {
-  PyObject* found = PyDict_GetItemWithError(state, state_keys_[k]);
-  if (found == nullptr && PyErr_Occurred()) throw PythonError{};
-  if (found != nullptr && found != Py_None) return found;
-  const Ref tensor = Ref::checked(
-      PyObject_CallMethod(host_, "new_state", "OO", param, state_keys_[k]));
-  if (PyDict_SetItem(state, state_keys_[k], tensor.get()) != 0) throw PythonError{};
-  created_.push_back({Ref::borrow(state), Ref::borrow(state_keys_[k])});
-  *first = 1;
-  return tensor.get();  // the dict holds it
-}
-
-void Plan::read_step(PyObject* state, PyObject* param, Row* row) {
-  static PyObject* const step_key = interned("step");
+bool Plan::read_grad(PyObject* param, GradRef grad, Operands* operands, DType* dtype) {
   const TensorAccess& access = TensorAccess::instance();
-  PyObject* step = PyDict_GetItemWithError(state, step_key);
-  if (step == nullptr && PyErr_Occurred()) throw PythonError{};
-  if (step == nullptr) {
-    const Ref created = Ref::checked(PyObject_CallMethod(host_, "new_state", "OO", param, step_key));
-    if (PyDict_SetItem(state, step_key, created.get()) != 0) throw PythonError{};
-    created_.push_back({Ref::borrow(state), Ref::borrow(step_key)});
-    step = created.get();
+  TensorView* view = &operands->view[kGrad];
+  // A gradient that libtorch can describe needs no Python object.
+  if (grad.tensor != nullptr && access.is_plain(param) && access.read(grad, view) &&
+      floating_dtype(view->dl, dtype) && has_memory(*view))
+    return true;
+  operands->grad = grad.object ? std::move(grad.object) : TensorAccess::grad_object(param);
+  return read_operand(operands->grad.get(), kGrad, view, dtype);
+}
+
+PyObject* Plan::create(PyObject* state, PyObject* param, PyObject* key) {
+  const Ref value = Ref::checked(PyObject_CallMethod(host_, "new_state", "OO", param, key));
+  if (PyDict_SetItem(state, key, value.get()) != 0) throw PythonError{};
+  created_.push_back({Ref::borrow(state), Ref::borrow(key)});
+  return value.get();  // the dict holds it
+}
+
+bool Plan::read_state(PyObject* param, StateIndex::Slot* slot, Operands* operands, Row* row) {
+  if (row->states == 0 && !has_step_) return true;
+  if (slot->state == nullptr) {
+    const Ref fresh = Ref::checked(PyDict_New());
+    if (PyObject_SetItem(state_, param, fresh.get()) != 0) throw PythonError{};
+    created_.push_back({Ref::borrow(state_), Ref::borrow(param)});
+    slot->state = fresh.get();
   }
+  if (!PyDict_Check(slot->state))
+    raise(PyExc_TypeError, "the state of " + where() + " must be a dict");
+  PyObject* values[kMaxStates + 1];
+  state_reader_.read(slot->state, values);
+  for (int k = 0; k < row->states; ++k) {
+    PyObject* tensor = values[k];
+    if (tensor == nullptr || tensor == Py_None) {
+      tensor = create(slot->state, param, state_keys_[k]);
+      row->first = 1;
+    }
+    const int operand = kState0 + k;
+    if (!read_operand(tensor, operand, &operands->view[operand], &row->dtype[operand])) return false;
+  }
+  if (has_step_) read_step(values[state_keys_.size() - 1], slot->state, param, row);
+  return true;
+}
+
+void Plan::read_step(PyObject* step, PyObject* state, PyObject* param, Row* row) {
+  const TensorAccess& access = TensorAccess::instance();
+  PyObject* key = state_keys_.back();
   TensorView view;
   const auto good = [&] {
     return access.is_plain(step) && access.read(step, &view) && view.dl.ndim == 0 &&
            view.dl.device.type == dlpack::kCPU && view.dl.dtype.code == dlpack::kFloat &&
            view.dl.dtype.bits == 32 && view.dl.data != nullptr;
   };
+  if (step == nullptr) step = create(state, param, key);
   if (!good()) {
     Ref::checked(PyObject_CallMethod(host_, "normalise_step", "O", state));
-    step = PyDict_GetItemWithError(state, step_key);
+    step = PyDict_GetItemWithError(state, key);
     if (step == nullptr || !good())
       raise(PyExc_TypeError, "the step of " + where() + " must be a number or a one-element tensor");
   }
   row->step = static_cast<float*>(view.dl.data);
 }
 
-std::string Plan::add_row(PyObject* param, GradRef grad, size_t group) {
-  const TensorAccess& access = TensorAccess::instance();
-  static PyObject* const grad_name = interned("grad");
+bool Plan::add_row(PyObject* param, GradRef grad, size_t group) {
   Row row{};
   row.group = static_cast<int32_t>(group);
   row.states = static_cast<uint8_t>(active_states(rule_, groups_[group].hyper));
-  const int count = kState0 + row.states;
-
   Operands operands;
-  operands.object[kParam] = param;
-  std::string reason = read_operand(param, "param", &operands.view[kParam], &row.dtype[kParam]);
-  if (!reason.empty()) return reason;
-  // A gradient that libtorch can describe needs no Python object.
-  operands.object[kGrad] = nullptr;
-  const bool described = grad.tensor != nullptr && access.is_plain(param) &&
-                         access.read(grad, &operands.view[kGrad]) &&
-                         floating_dtype(operands.view[kGrad].dl, &row.dtype[kGrad]) &&
-                         (operands.view[kGrad].dl.data != nullptr ||
-                          operands.view[kGrad].numel() == 0);
-  if (!described) {
-    Ref object = grad.object ? std::move(grad.object)
-                             : Ref::checked(PyObject_GetAttr(param, grad_name));
-    reason = read_operand(object.get(), "grad", &operands.view[kGrad], &row.dtype[kGrad]);
-    if (!reason.empty()) return reason;
-    operands.object[kGrad] = object.get();
-    alive_.push_back(std::move(object));
-  }
-
   StateIndex::Slot* slot = &index_.find(param);
-  if (slot->visited) return where() + " appears twice among the params";
+  if (slot->visited) return refuse(where() + " appears twice among the params");
   slot->visited = true;
-  if (row.states > 0 || has_step_) {
-    if (slot->state == nullptr) {
-      const Ref fresh = Ref::checked(PyDict_New());
-      if (PyObject_SetItem(state_, param, fresh.get()) != 0) throw PythonError{};
-      created_.push_back({Ref::borrow(state_), Ref::borrow(param)});
-      slot->state = fresh.get();
-    }
-    if (!PyDict_Check(slot->state))
-      raise(PyExc_TypeError, "the state of " + where() + " must be a dict");
-    for (int k = 0; k < row.states; ++k) {
-      PyObject* tensor = state_tensor(slot->state, k, param, &row.first);
-      operands.object[kState0 + k] = tensor;
-      const char* name = PyUnicode_AsUTF8(state_keys_[k]);
-      reason = read_operand(tensor, name, &operands.view[kState0 + k], &row.dtype[kState0 + k]);
-      if (!reason.empty()) return reason;
-    }
-    if (has_step_) read_step(slot->state, param, &row);
-  }
-
-  for (int k = 0; k < count; ++k) {
-    const TensorView& view = operands.view[k];
-    if (view.dl.device.type != dlpack::kCPU) return where() + " is not on the CPU";
-    if (!same_shape(view, operands.view[kParam])) {
-      const std::string role =
-          k == kGrad ? "grad" : k == kParam ? "param" : PyUnicode_AsUTF8(state_keys_[k - kState0]);
-      raise(PyExc_ValueError, "the " + role + " of " + where() + " has shape " + shape_text(view) +
-                                  ", expected " + shape_text(operands.view[kParam]));
-    }
-    row.data[k] = static_cast<char*>(view.dl.data) + view.dl.byte_offset;
-  }
-  row.numel = operands.view[kParam].numel();
-  reason = lay_out(&operands, count, &row, param);
-  if (!reason.empty()) return reason;
+  if (!read_operand(param, kParam, &operands.view[kParam], &row.dtype[kParam]) ||
+      !read_grad(param, std::move(grad), &operands, &row.dtype[kGrad]) ||
+      !read_state(param, slot, &operands, &row) ||
+      !place(&operands, kState0 + row.states, param, &row))
+    return false;
+  if (operands.grad) alive_.push_back(std::move(operands.grad));
   elements_ += row.numel;
   rows_.push_back(row);
   params_.push_back(param);
-  return "";
+  return true;
 }
 
-std::string Plan::lay_out(Operands* operands, int count, Row* row, PyObject* param) {
-  row->layout = kFlat;
-  if (row->numel == 0) return "";
+// Checks the operands against each other, and finds the order in which to walk them.
+bool Plan::place(Operands* operands, int count, PyObject* param, Row* row) {
   const TensorView* views[kOperands];
-  for (int k = 0; k < count; ++k) views[k] = &operands->view[k];
-  if (all_contiguous(views, count)) return "";
-  if (!same_strides(*views[kParam], *views[kGrad])) {
+  for (int k = 0; k < count; ++k) {
+    const TensorView& view = operands->view[k];
+    views[k] = &view;
+    if (view.dl.device.type != dlpack::kCPU) return refuse(where() + " is not on the CPU");
+    if (!same_shape(view, operands->view[kParam]))
+      raise(PyExc_ValueError, "the " + role(k) + " of " + where() + " has shape " +
+                                  shape_text(view) + ", expected " +
+                                  shape_text(operands->view[kParam]));
+  }
+  row->numel = views[kParam]->numel();
+  row->layout = kFlat;
+  const bool contiguous = row->numel == 0 || all_contiguous(views, count);
+  if (!contiguous && !operands->grad && !same_strides(*views[kParam], *views[kGrad])) {
     // A lazily negated gradient has strides of its own; only Python sees the negation.
-    static PyObject* const grad_name = interned("grad");
-    if (operands->object[kGrad] == nullptr) {
-      Ref object = Ref::checked(PyObject_GetAttr(param, grad_name));
-      Ref plain = Ref::checked(PyObject_CallMethod(host_, "resolve", "Osnn", object.get(), "grad",
-                                                   static_cast<Py_ssize_t>(group_index_),
-                                                   static_cast<Py_ssize_t>(param_index_)));
-      if (!TensorAccess::instance().read(plain.get(), &operands->view[kGrad]))
-        return "the grad of " + where() + " cannot be described";
-      row->data[kGrad] = static_cast<char*>(operands->view[kGrad].dl.data) +
-                         operands->view[kGrad].dl.byte_offset;
-      alive_.push_back(std::move(plain));
-    }
+    Ref plain = resolve(TensorAccess::grad_object(param).get(), kGrad);
+    if (plain.get() == Py_None ||
+        !TensorAccess::instance().read(plain.get(), &operands->view[kGrad]))
+      return refuse("the grad of " + where() + " cannot be described");
+    alive_.push_back(std::move(plain));
   }
   for (int k = 0; k < count; ++k)
+    row->data[k] = static_cast<char*>(views[k]->dl.data) + views[k]->dl.byte_offset;
+  if (contiguous) return true;
+  for (int k = 0; k < count; ++k)
     if (k != kGrad && overlaps_itself(*views[k]))
-      raise(PyExc_RuntimeError,
-            "the " + std::string(k == kParam ? "param" : "state") + " of " + where() +
-                " is expanded: more than one element refers to a single memory location; "
-                "clone() it first");
-  Layout layout = merged_layout(views, count);
-  if (is_flat(layout, count)) return "";
+      raise(PyExc_RuntimeError, "the " + role(k) + " of " + where() +
+                                    " is expanded: more than one element refers to a single "
+                                    "memory location; clone() it first");
+  const Layout layout = merged_layout(views, count);
+  if (is_flat(layout, count)) return true;
   row->layout = static_cast<int32_t>(layouts_.size());
   layouts_.push_back(layout);
-  return "";
+  return true;
 }
 
 size_t Plan::flat_rows() const {
@@ -384,30 +385,29 @@ size_t Plan::flat_rows() const {
 
 // While other Python threads run, they may drop gradients and replace state: hold what is used.
 void Plan::own_tensors() {
-  static PyObject* const grad_name = interned("grad");
   for (PyObject* param : params_) {
     alive_.push_back(Ref::borrow(param));
-    alive_.push_back(Ref::checked(PyObject_GetAttr(param, grad_name)));
+    alive_.push_back(TensorAccess::grad_object(param));
     PyObject* state = index_.find(param).state;
     if (state != nullptr) alive_.push_back(Ref::checked(PyDict_Copy(state)));
   }
 }
 
 double Plan::squared_norm(int threads) {
+  check_idle();
   return cpu::squared_norm({rows_, groups_, layouts_}, threads);
 }
 
 cpu::StepResult Plan::apply(const cpu::StepOptions& options) {
   // A short step keeps the GIL: owning the tensors would cost more than the step.
   constexpr int64_t kLongStep = 1 << 20, kLongRow = 1 << 14;
-  const bool release = elements_ >= kLongStep &&
-                       elements_ / static_cast<int64_t>(rows_.size()) >= kLongRow;
+  check_idle();
+  const int64_t rows = static_cast<int64_t>(rows_.size());
   const cpu::TableView table{rows_, groups_, layouts_};
   cpu::StepResult result;
-  if (release) {
+  if (elements_ >= kLongStep && elements_ / rows >= kLongRow) {
     own_tensors();
-    const WithoutGil unlocked;
-    const Busy busy(&busy_);
+    const WithoutGil unlocked(&busy_);
     result = cpu::apply(rule_, table, options);
   } else {
     result = cpu::apply(rule_, table, options);

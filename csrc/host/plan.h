@@ -11,6 +11,7 @@
 
 #include "core/table.h"
 #include "cpu/apply.h"
+#include "host/dict_reader.h"
 #include "host/tensor_access.h"
 #include "rules/registry.h"
 
@@ -33,10 +34,17 @@ class StateIndex {
   size_t mask_ = 0;
 };
 
+// The keys of a rule, as the registry lists them.
+struct RuleKeys {
+  RuleId id;
+  std::vector<std::string> hyper;  // "betas[2]" is a pair
+  std::vector<std::string> state;
+  bool has_step;
+};
+
 class Plan {
  public:
-  Plan(RuleId rule, bool has_step, std::vector<std::string> hyper_keys,
-       std::vector<std::string> state_keys);
+  explicit Plan(const RuleKeys& keys);
 
   // Builds the table. `host` is called for what is rare:
   //   new_state(param, key) -> tensor          state that is missing
@@ -46,7 +54,8 @@ class Plan {
   // exception nothing has changed.
   std::string refresh(PyObject* param_groups, PyObject* state, PyObject* host);
 
-  // Runs the step over the table and clears it. `skipped` undoes the state that refresh created.
+  // Runs the step over the table and clears it; a skipped step undoes the state that refresh
+  // created.
   cpu::StepResult apply(const cpu::StepOptions& options);
   double squared_norm(int threads);
 
@@ -59,7 +68,7 @@ class Plan {
  private:
   struct Operands {
     TensorView view[kOperands];
-    PyObject* object[kOperands];
+    Ref grad;  // the Python object of the gradient, where it was needed
   };
   struct HyperKey {
     PyObject* name;
@@ -71,20 +80,28 @@ class Plan {
   };
 
   void clear();
-  std::string build(PyObject* param_groups, PyObject* state);
-  void read_group(PyObject* group, size_t index);
-  std::string add_row(PyObject* param, GradRef grad, size_t group);
-  std::string read_operand(PyObject* object, const char* role, TensorView* view, DType* dtype);
-  PyObject* state_tensor(PyObject* state, int k, PyObject* param, uint8_t* first);
-  void read_step(PyObject* state, PyObject* param, Row* row);
-  std::string lay_out(Operands* operands, int count, Row* row, PyObject* param);
+  void check_idle() const;
+  bool build(PyObject* param_groups);
+  void read_group(PyObject* const* values, size_t index);
+  bool add_row(PyObject* param, GradRef grad, size_t group);
+  bool read_operand(PyObject* object, int operand, TensorView* view, DType* dtype);
+  bool read_grad(PyObject* param, GradRef grad, Operands* operands, DType* dtype);
+  bool read_state(PyObject* param, StateIndex::Slot* slot, Operands* operands, Row* row);
+  PyObject* create(PyObject* state, PyObject* param, PyObject* key);
+  void read_step(PyObject* step, PyObject* state, PyObject* param, Row* row);
+  bool place(Operands* operands, int count, PyObject* param, Row* row);
+  Ref resolve(PyObject* tensor, int operand);
   std::string where() const;
+  std::string role(int operand) const;
+  bool refuse(const std::string& reason);
   void own_tensors();
 
   const RuleId rule_;
   const bool has_step_;
   std::vector<HyperKey> hyper_keys_;
-  std::vector<PyObject*> state_keys_;
+  std::vector<PyObject*> state_keys_;  // the state tensors, then "step" if the rule has one
+  DictReader group_reader_;            // "params", "maximize", the hyperparameters
+  DictReader state_reader_;
 
   std::vector<Row> rows_;
   std::vector<Group> groups_;
@@ -101,8 +118,7 @@ class Plan {
   PyObject* state_ = nullptr;
   size_t group_index_ = 0;
   size_t param_index_ = 0;
+  std::string reason_;
 };
-
-int active_states(RuleId rule, const double* hyper);
 
 }  // namespace fusedopt::host

@@ -1,15 +1,10 @@
 #include "host/tensor_access.h"
 
-#include <algorithm>
 #include <exception>
 
 namespace fusedopt::host {
 
-TensorAccess& TensorAccess::instance() {
-  // Never destroyed: it holds Python references, and the interpreter is gone by then.
-  static TensorAccess* access = new TensorAccess;
-  return *access;
-}
+TensorAccess* const TensorAccess::instance_ = new TensorAccess;
 
 void TensorAccess::use_direct(const DirectFunctions& functions) {
   direct_ = functions;
@@ -40,14 +35,16 @@ void TensorAccess::set_types(PyObject* base, PyObject* plain) {
                                                  reinterpret_cast<PyTypeObject*>(base)))
       raise(PyExc_TypeError, "plain must hold subclasses of base");
   }
+  if (PyTuple_GET_SIZE(types.get()) > kMaxPlainTypes)
+    raise(PyExc_ValueError, "plain must hold at most " + std::to_string(kMaxPlainTypes));
   // Held for ever: the classes of torch live as long as the process.
   Py_INCREF(base);
   base_type_ = reinterpret_cast<PyTypeObject*>(base);
-  plain_types_.clear();
+  plain_count_ = 0;
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(types.get()); ++i) {
     PyObject* type = PyTuple_GET_ITEM(types.get(), i);
     Py_INCREF(type);
-    plain_types_.push_back(reinterpret_cast<PyTypeObject*>(type));
+    plain_types_[plain_count_++] = reinterpret_cast<PyTypeObject*>(type);
   }
 }
 
@@ -63,38 +60,20 @@ const char* TensorAccess::name() const {
   return "python";
 }
 
-bool TensorAccess::is_plain(PyObject* object) const {
-  return std::find(plain_types_.begin(), plain_types_.end(), Py_TYPE(object)) !=
-         plain_types_.end();
+bool TensorAccess::read_direct(const void* tensor, TensorView* out) const {
+  try {
+    direct_.to_dlpack(tensor, &out->dl);
+    return true;
+  } catch (const std::exception&) {
+    return false;  // a sparse or otherwise indescribable tensor: the caller resolves it
+  }
 }
 
-bool TensorAccess::is_tensor(PyObject* object) const {
-  return is_plain(object) ||
-         (base_type_ != nullptr && PyType_IsSubtype(Py_TYPE(object), base_type_));
-}
-
-void TensorAccess::check_tensor(PyObject* object) const {
-  if (!is_tensor(object)) raise(PyExc_TypeError, "expected a torch.Tensor, got " + repr(object));
-}
-
-const void* TensorAccess::tensor_in(PyObject* object) const {
-  return reinterpret_cast<const char*>(object) + direct_.tensor_offset;
-}
-
-bool TensorAccess::read(PyObject* tensor, TensorView* out) const {
-  check_tensor(tensor);
-  switch (way_) {
-    case Way::kDirect: {
-      GradRef ref;
-      ref.tensor = tensor_in(tensor);
-      return read(ref, out);
-    }
-    case Way::kDlpack:
-      if (api_->borrow(tensor, &out->dl) == 0) return true;
-      PyErr_Clear();  // a sparse or otherwise indescribable tensor: the caller resolves it
-      return false;
-    case Way::kPython:
-      break;
+bool TensorAccess::read_object(PyObject* tensor, TensorView* out) const {
+  if (way_ == Way::kDlpack) {
+    if (api_->borrow(tensor, &out->dl) == 0) return true;
+    PyErr_Clear();  // as above
+    return false;
   }
   if (!describe_) raise(PyExc_RuntimeError, "fusedopt was imported without its tensor access");
   const Ref described = Ref::checked(PyObject_CallOneArg(describe_.get(), tensor));
@@ -106,30 +85,22 @@ bool TensorAccess::read(PyObject* tensor, TensorView* out) const {
                         &bits, &PyTuple_Type, &shape, &PyTuple_Type, &strides))
     throw PythonError{};
   const Py_ssize_t ndim = PyTuple_GET_SIZE(shape);
-  out->owned.resize(2 * ndim);
+  std::vector<int64_t>& sizes = shapes_[next_shape_];
+  next_shape_ = (next_shape_ + 1) % kShapes;
+  sizes.resize(2 * ndim);
   for (Py_ssize_t d = 0; d < ndim; ++d) {
-    out->owned[d] = PyLong_AsLongLong(PyTuple_GET_ITEM(shape, d));
-    out->owned[ndim + d] = PyLong_AsLongLong(PyTuple_GET_ITEM(strides, d));
+    sizes[d] = PyLong_AsLongLong(PyTuple_GET_ITEM(shape, d));
+    sizes[ndim + d] = PyLong_AsLongLong(PyTuple_GET_ITEM(strides, d));
   }
   if (PyErr_Occurred()) throw PythonError{};
   out->dl = {reinterpret_cast<void*>(data),
              {device_type, device_index},
              static_cast<int32_t>(ndim),
              {static_cast<uint8_t>(code), static_cast<uint8_t>(bits), 1},
-             out->owned.data(),
-             out->owned.data() + ndim,
+             sizes.data(),
+             sizes.data() + ndim,
              0};
   return true;
-}
-
-bool TensorAccess::read(const GradRef& grad, TensorView* out) const {
-  if (grad.tensor == nullptr) return read(grad.object.get(), out);
-  try {
-    direct_.to_dlpack(grad.tensor, &out->dl);
-    return true;
-  } catch (const std::exception&) {
-    return false;  // a sparse or otherwise indescribable tensor: the caller resolves it
-  }
 }
 
 GradRef TensorAccess::grad(PyObject* param) const {
@@ -141,10 +112,14 @@ GradRef TensorAccess::grad(PyObject* param) const {
     if (*static_cast<const void* const*>(tensor) != direct_.undefined_impl) result.tensor = tensor;
     return result;
   }
-  static PyObject* const name = interned("grad");
-  Ref object = Ref::checked(PyObject_GetAttr(param, name));
+  Ref object = grad_object(param);
   if (object.get() != Py_None) result.object = std::move(object);
   return result;
+}
+
+Ref TensorAccess::grad_object(PyObject* param) {
+  static PyObject* const name = interned("grad");
+  return Ref::checked(PyObject_GetAttr(param, name));
 }
 
 void TensorAccess::bump_versions(const std::vector<PyObject*>& tensors) const {

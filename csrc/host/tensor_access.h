@@ -18,11 +18,9 @@
 
 namespace fusedopt::host {
 
-// A borrowed description of a tensor; shape and strides live as long as the tensor or, read through
-// Python, as long as this view.
+// A borrowed description of a tensor; shape and strides live as long as the tensor is not resized.
 struct TensorView {
-  dlpack::Tensor dl{};
-  std::vector<int64_t> owned;
+  dlpack::Tensor dl;
 
   int64_t size(int d) const { return dl.shape[d]; }
   int64_t stride(int d) const { return dl.strides[d]; }
@@ -51,7 +49,8 @@ struct GradRef {
 
 class TensorAccess {
  public:
-  static TensorAccess& instance();
+  // Never destroyed: it holds Python references, and the interpreter is gone by then.
+  static TensorAccess& instance() { return *instance_; }
 
   void use_direct(const DirectFunctions& functions);
   void use_dlpack(PyObject* exchange_api_capsule);
@@ -61,28 +60,55 @@ class TensorAccess {
   const char* name() const;
 
   // Whether the object is a torch.Tensor or one of the subclasses without behaviour of its own.
-  bool is_plain(PyObject* object) const;
+  bool is_plain(PyObject* object) const {
+    for (int i = 0; i < plain_count_; ++i)
+      if (Py_TYPE(object) == plain_types_[i]) return true;
+    return false;
+  }
 
-  bool is_tensor(PyObject* object) const;
+  bool is_tensor(PyObject* object) const {
+    return is_plain(object) ||
+           (base_type_ != nullptr && PyType_IsSubtype(Py_TYPE(object), base_type_));
+  }
 
   // False, without a Python error, where the tensor has no plain strided memory to describe.
   // Raises TypeError for what is no tensor.
-  bool read(PyObject* tensor, TensorView* out) const;
-  bool read(const GradRef& grad, TensorView* out) const;
+  bool read(PyObject* tensor, TensorView* out) const {
+    check_tensor(tensor);
+    return way_ == Way::kDirect ? read_direct(tensor_in(tensor), out) : read_object(tensor, out);
+  }
+  bool read(const GradRef& grad, TensorView* out) const {
+    return grad.tensor != nullptr ? read_direct(grad.tensor, out) : read(grad.object.get(), out);
+  }
   GradRef grad(PyObject* param) const;
+  static Ref grad_object(PyObject* param);
   void bump_versions(const std::vector<PyObject*>& tensors) const;
 
  private:
+  static TensorAccess* const instance_;
   enum class Way { kPython, kDlpack, kDirect };
-  const void* tensor_in(PyObject* object) const;
-  void check_tensor(PyObject* object) const;
+  const void* tensor_in(PyObject* object) const {
+    return reinterpret_cast<const char*>(object) + direct_.tensor_offset;
+  }
+  void check_tensor(PyObject* object) const {
+    if (!is_tensor(object)) raise(PyExc_TypeError, "expected a torch.Tensor, got " + repr(object));
+  }
+  bool read_direct(const void* tensor, TensorView* out) const;
+  bool read_object(PyObject* tensor, TensorView* out) const;
 
   Way way_ = Way::kPython;
   DirectFunctions direct_{};
   const dlpack::ExchangeApi* api_ = nullptr;
   Ref describe_;
+  // Shapes and strides read by the python way, in a ring: a row is read at once, so that they are
+  // used before their place is taken again.
+  static constexpr int kShapes = 64;
+  mutable std::vector<int64_t> shapes_[kShapes];
+  mutable int next_shape_ = 0;
   PyTypeObject* base_type_ = nullptr;
-  std::vector<PyTypeObject*> plain_types_;
+  static constexpr int kMaxPlainTypes = 8;
+  int plain_count_ = 0;
+  PyTypeObject* plain_types_[kMaxPlainTypes] = {};
 };
 
 }  // namespace fusedopt::host
