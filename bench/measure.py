@@ -40,8 +40,8 @@ class Runner:
 class Lane:
     """What one row of the results measures: the same step on one or several input sets.
 
-    key: the columns that name the row. samples: seconds, one a round. cold: with bursts, the
-    seconds of each burst's first step, which finds its tensors and code out of the caches.
+    key: the columns that name the row. samples: seconds, one a round. cold: with
+    settling, the seconds of each turn's first step, which finds its tensors out of the caches.
     """
 
     key: dict[str, Any]
@@ -63,12 +63,13 @@ def interleave(
     rounds: Iterable[int],
     *,
     warmup: int,
-    burst: bool = False,
+    settle: float | None = None,
 ) -> None:
     """Time every lane once in each round and append the seconds to its samples.
 
     Successive turns use successive runners of a lane, so that an input set comes back only after
-    all others. With `burst` a turn is two steps: the first goes to `cold`, the second to `samples`.
+    all others. With `settle` a turn is several steps: the first goes to `cold`, more are run until
+    they have taken `settle` seconds together, and the next one goes to `samples`.
     `rounds` is iterated for its progress display; the first `warmup` rounds are not kept.
     """
     gc.collect()
@@ -79,7 +80,7 @@ def interleave(
             for lane in turn_order(lanes, number):
                 runner = lane.runners[turn % len(lane.runners)]
                 turn += 1
-                cold = runner.time() if burst else None
+                cold = None if settle is None else settled(runner, settle)
                 seconds = runner.time()
                 if number < warmup:
                     continue
@@ -88,6 +89,14 @@ def interleave(
                     lane.cold.append(cold)
     finally:
         gc.enable()
+
+
+def settled(runner: Runner, seconds: float) -> float:
+    """Run steps for `seconds` and return the time of the first, in seconds."""
+    first = spent = runner.time()
+    while spent < seconds:
+        spent += runner.time()
+    return first
 
 
 class InPlacePass:

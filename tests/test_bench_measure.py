@@ -59,12 +59,22 @@ def test_interleave_gives_each_lane_one_turn_a_round_and_drops_the_warmup():
     assert {i for name, i in calls if name == "c"} == {0, 1}
 
 
-def test_bursts_keep_the_first_step_apart():
-    steps = iter([0.03, 0.0] * 3)
-    lane = measure.Lane({}, [measure.Runner(lambda: time.sleep(next(steps)))])
-    measure.interleave([lane], range(3), warmup=1, burst=True)
-    assert len(lane.cold) == len(lane.samples) == 2
-    assert min(lane.cold) >= 0.03 > max(lane.samples)
+class FixedTimes(measure.Runner):
+    """A runner that takes the given seconds instead of running anything."""
+
+    def __init__(self, *seconds):
+        self.seconds = iter(seconds)
+
+    def time(self):
+        return next(self.seconds)
+
+
+def test_settling_keeps_the_first_step_apart_and_samples_after_the_given_time():
+    turns = [9.0, 1.0], [5.0, 0.5, 0.5, 2.0], [3.0, 2.0, 0.9, 0.1, 3.0]
+    lane = measure.Lane({}, [FixedTimes(*turns[0], *turns[1], *turns[2])])
+    measure.interleave([lane], range(3), warmup=1, settle=6.0)
+    assert lane.cold == [5.0, 3.0]
+    assert lane.samples == [2.0, 3.0]
 
 
 def test_preparation_and_restoring_are_not_timed():
