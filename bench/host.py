@@ -135,7 +135,7 @@ def print_rows(rows: list[Row]) -> None:
         headings = [name.replace("-", " ", 1) for name in names]  # so that they wrap
         table = Table(
             "variant", "groups", "clip", *headings, "us/tensor", "cold", "speedup",
-            title=f"300 tiny tensors, {dtype} {optimizer}: us a step; last three columns: {SUBJECT}",
+            title=f"300 tiny tensors, {dtype} {optimizer}: us a step; last columns: {SUBJECT}",
         )  # fmt: skip
         for (variant, groups, clip), cells in lines.items():
             times = [
