@@ -10,7 +10,7 @@ from contestants import CONTESTANTS, HYPERPARAMETERS
 from machine import RESULTS, ROOT
 from workloads import DTYPES
 
-Names = list[str] | None  # None: all
+Names = list[str] | None  # None, not given, becomes all names in the callback of `choice`
 
 
 def choice(option: str, names: Iterable[str]) -> Any:
