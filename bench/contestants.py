@@ -1,0 +1,159 @@
+"""The optimizers that the benchmarks compare: one table of small adapters.
+
+A contestant takes part when its module can be imported and it steps without an error; otherwise it
+is listed as absent with the reason. Adding one means adding a line to CONTESTANTS.
+"""
+
+import importlib
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.nn.utils import clip_grad_norm_
+from workloads import DTYPES, MAX_NORM, InputSet, Workload
+
+HYPERPARAMETERS: dict[str, dict[str, Any]] = {
+    "adamw": {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2},
+    "sgd": {"lr": 1e-3, "momentum": 0.9, "weight_decay": 1e-2},
+}
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """One implementation. `clip_option` names the keyword by which it clips in its own step; one
+    without it is clipped by torch.nn.utils.clip_grad_norm_ before the step."""
+
+    name: str
+    module: str
+    classes: dict[str, str]
+    options: dict[str, Any] = field(default_factory=dict)
+    clip_option: str | None = None
+
+    def load(self, optimizer: str) -> type[torch.optim.Optimizer]:
+        """The class for "adamw" or "sgd". Raises what the import raises."""
+        return getattr(importlib.import_module(self.module), self.classes[optimizer])
+
+    def clip_kind(self, clip: bool) -> str:
+        """The word of workloads.bytes_per_param for how this contestant clips."""
+        if not clip:
+            return "none"
+        return "fused" if self.clip_option else "separate"
+
+    def build(
+        self, optimizer: str, groups: list[dict], clip: bool, **overrides: Any
+    ) -> tuple[torch.optim.Optimizer, Callable[[], Any]]:
+        """(optimizer, the call to time): its step, or clip to MAX_NORM and step."""
+        options = HYPERPARAMETERS[optimizer] | self.options | overrides
+        if clip and self.clip_option:
+            options[self.clip_option] = MAX_NORM
+        instance = self.load(optimizer)(groups, **options)
+        if not clip or self.clip_option:
+            return instance, instance.step
+        params = [param for group in groups for param in group["params"]]
+
+        def clip_and_step() -> None:
+            clip_grad_norm_(params, MAX_NORM, foreach=True)
+            instance.step()
+
+        return instance, clip_and_step
+
+
+TORCH_CLASSES = {"adamw": "AdamW", "sgd": "SGD"}
+CONTESTANTS = {
+    contestant.name: contestant
+    for contestant in (
+        Contestant(
+            "fusedopt",
+            "fusedopt",
+            {"adamw": "FusedAdamW", "sgd": "FusedSGD"},
+            clip_option="max_grad_norm",
+        ),
+        Contestant("torch-fused", "torch.optim", TORCH_CLASSES, {"fused": True}),
+        Contestant("torch-foreach", "torch.optim", TORCH_CLASSES, {"foreach": True}),
+        Contestant(
+            "torch-for-loop", "torch.optim", TORCH_CLASSES, {"foreach": False, "fused": False}
+        ),
+    )
+}
+SUBJECT = "fusedopt"
+BASELINE = "torch-fused"
+
+# How far three steps may end from float64, see `step_error`. torch's for-loop, which rounds every
+# intermediate, stays under 2 in every dtype; a bf16 element that was not updated is off by 100.
+ERROR_LIMIT = 8.0
+
+
+def step_error(contestant: Contestant, optimizer: str, dtype: str, clip: bool) -> float:
+    """Error of three steps against torch.optim's for-loop in float64 from the same values.
+
+    The largest difference of an element in roundings of its value and way:
+    |p - p64| / (eps(dtype) * (|p64| + |p64 - start|)).
+
+    Benchmarks quote it because an optimizer that skips work is fast: torch 2.13's fused SGD
+    leaves bf16 params of a full SIMD width wrong on the CPU.
+    """
+    workload = Workload("check", ((1000,), (64, 64), (7,)))
+    lr = {"adamw": 0.1, "sgd": 1.0}[optimizer]  # so that a step is many roundings of a bf16 param
+    tested = InputSet(workload, dtype, seed=1)
+    exact = InputSet(workload, dtype, seed=1)
+    starts = [param.detach().double() for param in exact.params]
+    for param, grad in zip(exact.params, exact.pristine, strict=True):
+        param.data = param.data.double()
+        param.grad = grad.double()
+    _, step = contestant.build(optimizer, tested.param_groups(), clip, lr=lr)
+    oracle, _ = CONTESTANTS["torch-for-loop"].build(optimizer, exact.param_groups(), False, lr=lr)
+    if clip:
+        clip_grad_norm_(exact.params, MAX_NORM)
+    for _ in range(3):
+        step()
+        tested.restore_grads()
+        oracle.step()
+    eps = torch.finfo(DTYPES[dtype]).eps
+    errors = []
+    for tested_param, exact_param, start in zip(tested.params, exact.params, starts, strict=True):
+        p, q = tested_param.detach().double(), exact_param.detach()
+        errors.append((p - q).abs() / (eps * (q.abs() + (q - start).abs())))
+    return torch.cat([error.flatten() for error in errors]).max().item()  # NaN where one is
+
+
+def present_and_absent(
+    names: list[str], optimizers: list[str]
+) -> tuple[list[Contestant], list[dict[str, str]]]:
+    """The named contestants whose classes can be imported, and {contestant, reason} of others."""
+    present, absent = [], []
+    for contestant in (CONTESTANTS[name] for name in names):
+        try:
+            for optimizer in optimizers:
+                contestant.load(optimizer)
+        except (ImportError, AttributeError, OSError) as error:
+            absent.append({"contestant": contestant.name, "reason": reason_of(error)})
+        else:
+            present.append(contestant)
+    return present, absent
+
+
+def admit(
+    contestants: list[Contestant], optimizer: str, dtype: str
+) -> tuple[list[tuple[Contestant, bool, float]], list[dict[str, str]]]:
+    """[(contestant, clip, step_error)], without clipping first, and {contestant, reason} of those
+    that refuse to step: a run of minutes does not end in the middle because of one of them."""
+    entries, refused = [], []
+    for clip in (False, True):
+        for contestant in contestants:
+            try:
+                error = step_error(contestant, optimizer, dtype, clip)
+            except Exception as failure:
+                case = f"{optimizer} {dtype} {'clip' if clip else 'step'}"
+                reason = f"{case}: {reason_of(failure)}"
+                refused.append({"contestant": contestant.name, "reason": reason})
+            else:
+                entries.append((contestant, clip, error))
+    return entries, refused
+
+
+def reason_of(error: Exception) -> str:
+    """Type and message of an error in one line, without file paths: results are published."""
+    message = re.sub(r"\(?(?:[A-Za-z]:)?[\\/][\w.\\/+-]+\)?", "", str(error))
+    return " ".join(f"{type(error).__name__}: {message}".split())

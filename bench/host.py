@@ -1,0 +1,204 @@
+"""Host time of one optimizer step: 300 tensors of 16 elements in 1, 10 and 300 param groups.
+
+    python bench/host.py [--quick] [--workload 300-tiny-1-groups] [--variant steady] ...
+
+The arithmetic of these steps takes nothing: what is timed is Python, dispatch and launches. Three
+variants: `steady` (the same grads on each step), `fresh-grads` (newly allocated grads on each
+step, as after zero_grad(set_to_none=True)) and `lr-changes` (every group's lr changes before each
+step, as under a scheduler). What a variant prepares is not timed.
+
+All contestants, group counts and variants take turns in one process. The first step of a turn,
+which finds its tensors out of the caches as after a forward and backward, is kept as `cold`; when
+steps have run for 2 ms, the next one is the sample.
+Results, all samples included, go to bench/results/host-cpu.json.
+"""
+
+import itertools
+import sys
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import cli
+import torch
+import typer
+from contestants import SUBJECT, Contestant, admit, present_and_absent
+from goals import Row, evaluate
+from machine import describe_run
+from measure import Lane, Runner, interleave, paired_ratio
+from report import (
+    console,
+    mark,
+    optional,
+    partner,
+    print_absent,
+    print_goals,
+    print_head,
+    print_wrong,
+    progress_bar,
+    rows_of,
+    write_results,
+)
+from rich.table import Table
+from workloads import InputSet, Workload, host_workloads
+
+WORKLOADS = host_workloads()
+# After another contestant's turn it took three or four steps until a step of 300 tiny tensors
+# stopped getting faster (the second was still 1.6 times the fifth).
+SETTLE_SECONDS = 2e-3
+
+Preparation = Callable[[], Any]
+
+
+def prepare_steady(instance: torch.optim.Optimizer, inputs: InputSet) -> Preparation:
+    """Nothing changes between steps."""
+    return lambda: None
+
+
+def prepare_fresh_grads(instance: torch.optim.Optimizer, inputs: InputSet) -> Preparation:
+    """Every grad is a new tensor at a new address."""
+
+    def renew() -> None:
+        instance.zero_grad(set_to_none=True)
+        inputs.renew_grads()
+
+    return renew
+
+
+def prepare_lr_changes(instance: torch.optim.Optimizer, inputs: InputSet) -> Preparation:
+    """Every group's lr is another float than on the step before."""
+    base = instance.param_groups[0]["lr"]
+    lrs = itertools.cycle([base * (1 - i / 100) for i in range(100)])
+
+    def schedule() -> None:
+        lr = next(lrs)
+        for group in instance.param_groups:
+            group["lr"] = lr
+
+    return schedule
+
+
+VARIANTS = {
+    "steady": prepare_steady,
+    "fresh-grads": prepare_fresh_grads,
+    "lr-changes": prepare_lr_changes,
+}
+
+
+def build_lane(
+    workload: Workload,
+    variant: str,
+    optimizer: str,
+    dtype: str,
+    entry: tuple[Contestant, bool, float],
+) -> Lane:
+    """A lane with params of its own: with shared ones, the fresh grads of one lane would change
+    the grads of another between its steps."""
+    contestant, clip, error = entry
+    inputs = InputSet(workload, dtype, seed=0)
+    instance, step = contestant.build(optimizer, inputs.param_groups(), clip)
+    before = VARIANTS[variant](instance, inputs)
+    key = {
+        "workload": workload.name,
+        "variant": variant,
+        "dtype": dtype,
+        "optimizer": optimizer,
+        "contestant": contestant.name,
+        "clip": clip,
+        "groups": workload.groups,
+        "tensors": len(workload.shapes),
+        "numel": workload.numel,
+        "step_error": error,
+    }
+    return Lane(key, [Runner(step, before, inputs.restore_grads)])
+
+
+def rows_with_ratios(lanes: list[Lane]) -> list[Row]:
+    """Rows with seconds a tensor and the median ratio, round by round, to the same in one group."""
+    rows = rows_of(lanes, same=("workload", "variant", "clip"))
+    for row, lane in zip(rows, lanes, strict=True):
+        row["per_tensor_s"] = row["median_s"] / row["tensors"]
+        one_group = partner(lanes, lane, ("contestant", "variant", "clip"), groups=1)
+        if one_group is not None:
+            row["ratio_to_one_group"] = paired_ratio(lane.samples, one_group.samples)
+    return rows
+
+
+def print_rows(rows: list[Row]) -> None:
+    """A table for each dtype and optimizer: microseconds a step, a column for each contestant."""
+    blocks: dict[tuple, dict[tuple, dict[str, Row]]] = {}
+    for row in rows:
+        line = (row["variant"], row["groups"], "yes" if row["clip"] else "no")
+        block = blocks.setdefault((row["dtype"], row["optimizer"]), {})
+        block.setdefault(line, {})[row["contestant"]] = row
+    for (dtype, optimizer), lines in blocks.items():
+        names = list(dict.fromkeys(name for cells in lines.values() for name in cells))
+        headings = [name.replace("-", " ", 1) for name in names]  # so that they wrap
+        table = Table(
+            "variant", "groups", "clip", *headings, "us/tensor", "cold", "speedup",
+            title=f"300 tiny tensors, {dtype} {optimizer}: us a step; last columns: {SUBJECT}",
+        )  # fmt: skip
+        for (variant, groups, clip), cells in lines.items():
+            times = [
+                f"{cells[name]['median_s'] * 1e6:.0f}{mark(cells[name])}" if name in cells else "-"
+                for name in names
+            ]
+            own = cells.get(SUBJECT)
+            figures = ["-"] * 3
+            if own is not None:
+                figures = [
+                    f"{own['per_tensor_s'] * 1e6:.2f}",
+                    f"{own['cold_median_s'] * 1e6:.0f}",
+                    optional(own["ratio_vs_torch_fused"], "{:.1f}"),
+                ]
+            table.add_row(variant, str(groups), clip, *times, *figures)
+        console.print(table)
+
+
+def main(
+    quick: cli.Quick = False,
+    workload: Annotated[cli.Names, cli.choice("--workload", WORKLOADS)] = None,
+    variant: Annotated[cli.Names, cli.choice("--variant", VARIANTS)] = None,
+    dtype: cli.Dtypes = None,
+    optimizer: cli.Optimizers = None,
+    contestant: cli.Contestants = None,
+    repeats: cli.Repeats = None,
+    threads: cli.Threads = None,
+    output: cli.Output = None,
+) -> None:
+    """Host time of one optimizer step on the CPU: fusedopt against torch.optim."""
+    path = cli.prepare("host", output, threads, quick)
+    repeats, warmup = cli.rounds_of(quick, repeats, default=51)
+    present, absent = present_and_absent(contestant, optimizer)
+    options = {"quick": quick, "repeats": repeats, "warmup_rounds": warmup, "workload": workload}
+    options |= {
+        "variant": variant,
+        "dtype": dtype,
+        "optimizer": optimizer,
+        "contestant": contestant,
+    }
+    run = describe_run(options)
+    print_head(run, absent)
+    rows: list[Row] = []
+    with progress_bar() as progress:
+        for dtype_name, optimizer_name in itertools.product(dtype, optimizer):
+            entries, refused = admit(present, optimizer_name, dtype_name)
+            absent += refused
+            lanes = [
+                build_lane(WORKLOADS[name], kind, optimizer_name, dtype_name, entry)
+                for kind, name, entry in itertools.product(variant, workload, entries)
+            ]
+            label = f"{dtype_name} {optimizer_name}"
+            rounds = progress.track(range(warmup + repeats), description=label)
+            interleave(lanes, rounds, warmup=warmup, settle=SETTLE_SECONDS)
+            rows += rows_with_ratios(lanes)
+    goals = evaluate(rows)
+    write_results(path, {**run, "absent": absent, "rows": rows, "goals": goals})
+    print_rows(rows)
+    print_wrong(rows)
+    print_absent(absent)
+    print_goals(goals)
+    sys.exit(0 if rows else 1)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,131 @@
+"""The tensor lists that the benchmarks step, the bytes that a step of them has to move, their data.
+
+A workload is a list of shapes. Its params, grads and moments are random, never zeros: zeros hide
+the cost of rounding, of denormals and of pages that were never written.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+
+import torch
+
+Shape = tuple[int, ...]
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+# The L2 norm of every workload's gradient, so that clipping to MAX_NORM scales each one by 1/8.
+# Gradient elements are then 0.7e-3 (124M elements) to 0.1 (4,800) in size.
+GRAD_NORM = 8.0
+MAX_NORM = 1.0
+
+# Reads and writes of one step, in elements a param: AdamW reads param, grad, exp_avg, exp_avg_sq
+# and writes all but grad; SGD with momentum reads param, grad, momentum_buffer and writes two.
+STEP_PASSES = {"adamw": 7, "sgd": 5}
+# Clipping reads the grad once more for its norm. clip_grad_norm_ then also reads it and writes it.
+CLIP_PASSES = {"fused": 1, "separate": 3}
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Shapes of the params, in order; `groups` param groups of (nearly) equal length."""
+
+    name: str
+    shapes: tuple[Shape, ...]
+    groups: int = 1
+
+    @property
+    def numel(self) -> int:
+        """Elements of all params together."""
+        return sum(math.prod(shape) for shape in self.shapes)
+
+
+def gpt2_shapes(layers: int = 12, width: int = 768, vocab: int = 50257) -> tuple[Shape, ...]:
+    """Param shapes of GPT-2 (124M by default) as published, with wte tied to the output layer."""
+    block: list[Shape] = [
+        (width,), (width,),  # ln_1
+        (width, 3 * width), (3 * width,),  # attn.c_attn
+        (width, width), (width,),  # attn.c_proj
+        (width,), (width,),  # ln_2
+        (width, 4 * width), (4 * width,),  # mlp.c_fc
+        (4 * width, width), (width,),  # mlp.c_proj
+    ]  # fmt: skip
+    return ((vocab, width), (1024, width), *(block * layers), (width,), (width,))
+
+
+def step_workloads(quick: bool = False) -> dict[str, Workload]:
+    """Workloads of bench/step.py by name; with `quick` the same names at a fraction of the size."""
+    if quick:
+        shapes = {
+            "16x4096x1024": ((512, 512),) * 16,
+            "1000x64x64": ((64, 64),) * 40,
+            "gpt2-124m": gpt2_shapes(layers=2, width=64),
+        }
+    else:
+        shapes = {
+            "16x4096x1024": ((4096, 1024),) * 16,
+            "1000x64x64": ((64, 64),) * 1000,
+            "gpt2-124m": gpt2_shapes(),
+        }
+    return {name: Workload(name, tensors) for name, tensors in shapes.items()}
+
+
+def host_workloads() -> dict[str, Workload]:
+    """Workloads of bench/host.py by name: 300 tensors of 16 elements in 1, 10 and 300 groups."""
+    names = {f"300-tiny-{groups}-groups": groups for groups in (1, 10, 300)}
+    return {name: Workload(name, ((16,),) * 300, groups) for name, groups in names.items()}
+
+
+def bytes_per_param(optimizer: str, dtype: str, clip: str = "none") -> int:
+    """The least bytes that a step moves for each param when everything is stored in `dtype`.
+
+    `clip` is "none", "fused" (one more read of the grad) or "separate" (clip_grad_norm_ first).
+    """
+    passes = STEP_PASSES[optimizer] + CLIP_PASSES.get(clip, 0)
+    return passes * DTYPES[dtype].itemsize
+
+
+class InputSet:
+    """Params with grads: random tensors of a workload's shapes, on the CPU, in one dtype.
+
+    params: leaf tensors, 0.02 * randn. grads: `p.grad` of each, randn scaled to GRAD_NORM.
+    pristine: copies of the grads, because clip_grad_norm_ rewrites them.
+    """
+
+    def __init__(self, workload: Workload, dtype: str, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        randn = partial(torch.randn, generator=generator, dtype=DTYPES[dtype])
+        grad_scale = GRAD_NORM / math.sqrt(workload.numel)
+        self.workload = workload
+        self.params = [torch.nn.Parameter(randn(s).mul_(0.02)) for s in workload.shapes]
+        self.pristine = [randn(s).mul_(grad_scale) for s in workload.shapes]
+        self.renew_grads()
+
+    def renew_grads(self) -> None:
+        """Give every param a newly allocated grad, as a backward after zero_grad does."""
+        # The new ones are made while the old ones still live, so no address can come back at once.
+        fresh = [grad.clone() for grad in self.pristine]
+        for param, grad in zip(self.params, fresh, strict=True):
+            param.grad = grad
+        self.grads = fresh
+
+    def restore_grads(self) -> None:
+        """Undo what clip_grad_norm_ wrote into the grads, in place."""
+        torch._foreach_copy_(self.grads, self.pristine)
+
+    def param_groups(self) -> list[dict]:
+        """The params in `workload.groups` groups, as the constructor of an optimizer takes them."""
+        groups, count = self.workload.groups, len(self.params)
+        bounds = [i * count // groups for i in range(groups + 1)]
+        return [{"params": self.params[a:b]} for a, b in pairwise(bounds)]
+
+
+def sets_to_defeat_cache(workload: Workload, optimizer: str, dtype: str, cache_bytes: int) -> int:
+    """How many input sets to rotate among so that all together are at least 6 caches in size.
+
+    At most 4 GB in all; one set of a workload that is large enough by itself.
+    """
+    tensors = {"adamw": 4, "sgd": 3}[optimizer]  # param, grad, moments
+    set_bytes = workload.numel * tensors * DTYPES[dtype].itemsize
+    return max(1, min(math.ceil(6 * cache_bytes / set_bytes), int(4e9 // set_bytes)))
