@@ -27,7 +27,12 @@ def compile_flags() -> tuple[list[str], list[str]]:
     if os.name == "nt":
         return ["/O2", "/fp:precise", "/openmp"], []
     compile_args = ["-O3", "-g0", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-psabi"]
-    compile_args += ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fno-unswitch-loops"]
+    compile_args += [
+        "-ffp-contract=off",
+        "-fno-math-errno",
+        "-fno-trapping-math",
+        "-fno-unswitch-loops",
+    ]
     link_args: list[str] = []
     if platform.system() != "Darwin":
         compile_args.append("-fopenmp")

@@ -153,6 +153,7 @@ std::string scale(const py::object& tensors, double coef, double limit, int thre
 py::dict build_info() {
   py::dict info;
   info["compiler"] = __VERSION__;
+  info["cuda_archs"] = "none";
   info["cpu_level"] = cpu::level().name;
 #ifdef _OPENMP
   info["openmp"] = _OPENMP;

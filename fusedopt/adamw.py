@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -10,7 +11,12 @@ from torch.optim.optimizer import ParamsT
 
 from fusedopt import checks
 from fusedopt.optimizer import FusedOptimizer, options_doc
-from fusedopt.rule import Rule
+from fusedopt.rule import Rule, precise
+
+
+def bias_correction(beta: float, step: float) -> float:
+    """1 - beta^step, without the cancellation of that subtraction."""
+    return -math.expm1(step * math.log1p(beta - 1)) if beta > 0 else 1.0
 
 
 def adamw_update(
@@ -22,19 +28,24 @@ def adamw_update(
     first: bool,
 ) -> tuple[Tensor, list[Tensor]]:
     """One step of Adam or AdamW in plain torch ops; see csrc/rules/adamw.h for the formula."""
+    dtype = grad.dtype
     lr, eps, weight_decay = float(group["lr"]), float(group["eps"]), float(group["weight_decay"])
     beta1, beta2 = (float(beta) for beta in group["betas"])
+    param, grad = precise(param), precise(grad)
     if group["decoupled_weight_decay"]:
         param = param * (1 - lr * weight_decay)
     elif weight_decay != 0:
         grad = grad + weight_decay * param
-    exp_avg = state[0] + (grad - state[0]) * (1 - beta1)
-    exp_avg_sq = state[1] * beta2 + grad * (1 - beta2) * grad
-    moments = [exp_avg, exp_avg_sq]
+    old = [precise(s) for s in state]
+    moments = [
+        (old[0] + (grad - old[0]) * (1 - beta1)).to(dtype),
+        (old[1] * beta2 + grad * (1 - beta2) * grad).to(dtype),
+    ]
     if group["amsgrad"]:
-        moments.append(torch.maximum(state[2], exp_avg_sq))
-    denom = moments[-1].sqrt() / (1 - beta2**step) ** 0.5 + eps
-    return param - lr / (1 - beta1**step) * (exp_avg / denom), moments
+        moments.append(torch.maximum(state[2], moments[1]))
+    denom = precise(moments[-1]).sqrt() / bias_correction(beta2, step) ** 0.5 + eps
+    step_size = lr / bias_correction(beta1, step)
+    return param - step_size * (precise(moments[0]) / denom), moments
 
 
 ADAMW = Rule(

@@ -131,13 +131,13 @@ def _tensor(value: Any, what: str, param: Tensor) -> Tensor:
     if not isinstance(value, Tensor):
         raise TypeError(f"{what} must be a tensor, got {value!r}")
     if value.shape != param.shape:
-        raise ValueError(
-            f"{what} has shape {list(value.shape)}, expected {list(param.shape)}"
-        )
+        raise ValueError(f"{what} has shape {list(value.shape)}, expected {list(param.shape)}")
     fits = value.is_complex() if param.is_complex() else value.dtype in _FLOATING
     if not fits or value.layout != torch.strided:
-        raise ValueError(f"{what} has dtype {value.dtype} and layout {value.layout}, expected a "
-                         "strided floating-point tensor")
+        raise ValueError(
+            f"{what} has dtype {value.dtype} and layout {value.layout}, expected a "
+            "strided floating-point tensor"
+        )
     if value.is_meta and not param.is_meta:
         raise ValueError(f"{what} is a meta tensor without values")
     if any(stride == 0 and size > 1 for stride, size in zip(value.stride(), value.shape)):

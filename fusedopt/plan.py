@@ -112,9 +112,7 @@ class Table:
             target.pop(key, None)
 
 
-def collect(
-    rule: Rule, param_groups: list[dict[str, Any]], state: dict[Tensor, Any]
-) -> Table:
+def collect(rule: Rule, param_groups: list[dict[str, Any]], state: dict[Tensor, Any]) -> Table:
     """The table of a step, in the order of the groups; params without a gradient are left out.
 
     Raises:

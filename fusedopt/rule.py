@@ -6,12 +6,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
+
+def precise(tensor: Tensor) -> Tensor:
+    """In float64, where the device has it."""
+    return tensor if tensor.device.type == "mps" else tensor.double()
+
+
 # update(param, grad, state, group, step, first) -> (param, state): the same maths in plain torch
-# ops, out of place. All tensors have the param's shape and the dtype of the maths; `step` counts
-# from 1; `first` says that the state was created for this step.
+# ops, out of place. All tensors have the param's shape and float32, or float64 where one of the
+# stored tensors is float64; the new state is returned in that dtype, so that what overflows float32
+# does so here, too. `step` counts from 1; `first` says that the state was created for this step.
 Update = Callable[
     [Tensor, Tensor, list[Tensor], dict[str, Any], float, bool], tuple[Tensor, list[Tensor]]
 ]
@@ -38,9 +44,3 @@ class Rule:
     states: Callable[[dict[str, Any]], int]
     update: Update
     sparse_error: str | None = None
-
-
-def maths_dtype(tensors: list[Tensor]) -> torch.dtype:
-    """float64 where any tensor is float64 or complex128, else float32."""
-    wide = {torch.float64, torch.complex128}
-    return torch.float64 if any(t.dtype in wide for t in tensors) else torch.float32

@@ -9,7 +9,7 @@ from torch.optim.optimizer import ParamsT
 
 from fusedopt import checks
 from fusedopt.optimizer import FusedOptimizer, options_doc
-from fusedopt.rule import Rule
+from fusedopt.rule import Rule, precise
 
 
 def sgd_update(
@@ -21,15 +21,18 @@ def sgd_update(
     first: bool,
 ) -> tuple[Tensor, list[Tensor]]:
     """One step of SGD in plain torch ops; see csrc/rules/sgd.h for the formula."""
+    dtype = grad.dtype
     lr, momentum = float(group["lr"]), float(group["momentum"])
     weight_decay = float(group["weight_decay"])
+    param, grad = precise(param), precise(grad)
     if weight_decay != 0:
         grad = grad + weight_decay * param
     if momentum == 0:
         return param - lr * grad, []
-    buffer = grad if first else momentum * state[0] + (1 - float(group["dampening"])) * grad
-    direction = grad + momentum * buffer if group["nesterov"] else buffer
-    return param - lr * direction, [buffer]
+    dampened = (1 - float(group["dampening"])) * grad
+    buffer = (grad if first else momentum * precise(state[0]) + dampened).to(dtype)
+    direction = (grad + momentum * precise(buffer)).to(dtype) if group["nesterov"] else buffer
+    return param - lr * precise(direction), [buffer]
 
 
 SGD = Rule(

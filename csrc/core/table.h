@@ -28,7 +28,8 @@ struct Row {
   int32_t layout;
 
   DType dtype[kOperands];
-  uint8_t states;  // how many state tensors are in use
+  uint8_t variant;  // of the rule
+  uint8_t states;   // how many state tensors are in use
   uint8_t first;   // 1 when the state was created for this step
 };
 

@@ -18,7 +18,7 @@ namespace fusedopt::cpu {
 namespace {
 
 // The scalars of each row: rows with equal hyperparameters, step and first-touch share one entry,
-// so that the pow() of a bias correction is taken once for a whole model.
+// so that bias corrections are taken once for a whole model.
 template <class Rule>
 class ScalarsTable {
  public:
@@ -34,8 +34,7 @@ class ScalarsTable {
           (hyper != last_hyper && std::memcmp(hyper, last_hyper, sizeof(double) * kMaxHyper))) {
         typename Rule::Hyper h;
         std::memcpy(&h, hyper, sizeof h);
-        entries_.push_back({Rule::template prepare<float>(h, step, row.first != 0),
-                            Rule::template prepare<double>(h, step, row.first != 0)});
+        entries_.push_back(rounded(Rule::prepare(h, step, row.first != 0)));
       }
       last_hyper = hyper;
       last_step = step;
@@ -47,6 +46,21 @@ class ScalarsTable {
   const ScalarsPair<Rule>* operator[](int32_t row) const { return &entries_[index_[row]]; }
 
  private:
+  using Wide = typename Rule::template Scalars<double>;
+  using Single = typename Rule::template Scalars<float>;
+  static constexpr size_t kMembers = sizeof(Wide) / sizeof(double);
+  static_assert(sizeof(Single) == kMembers * sizeof(float), "Scalars<T> has members of T alone");
+
+  static ScalarsPair<Rule> rounded(const Wide& wide) {
+    double from[kMembers];
+    float to[kMembers];
+    std::memcpy(from, &wide, sizeof wide);
+    std::copy(from, from + kMembers, to);
+    ScalarsPair<Rule> pair{{}, wide};
+    std::memcpy(&pair.f32, to, sizeof to);
+    return pair;
+  }
+
   std::vector<ScalarsPair<Rule>> entries_;
   std::vector<int32_t> index_;
 };

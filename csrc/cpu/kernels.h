@@ -89,9 +89,10 @@ void store_block(const Row& row, const Layout* layout, int operand, int64_t begi
 
 // The loop: load, transform the gradient, update, store. The compiler vectorises it; the pointers
 // are distinct by the table's contract.
-template <class Rule, int kStates, class T, class P, class G, class S>
+template <class Rule, int kVariant, class T, class P, class G, class S>
 void update_run(P* __restrict param, const G* __restrict grad, S* const* states, int64_t count,
                 T factor, const typename Rule::template Scalars<T>& scalars) {
+  constexpr int kStates = Rule::states(kVariant);
   const typename Rule::template Scalars<T> s = scalars;
   S* __restrict s0 = kStates > 0 ? states[0] : nullptr;
   S* __restrict s1 = kStates > 1 ? states[1] : nullptr;
@@ -108,7 +109,7 @@ void update_run(P* __restrict param, const G* __restrict grad, S* const* states,
     if constexpr (kStates > 0) state[0] = widen(s0[i]);
     if constexpr (kStates > 1) state[1] = widen(s1[i]);
     if constexpr (kStates > 2) state[2] = widen(s2[i]);
-    Rule::template update<kStates>(p, g, state, s);
+    Rule::template update<kVariant>(p, g, state, s);
     narrow(p, param + i);
     if constexpr (kStates > 0) narrow(state[0], s0 + i);
     if constexpr (kStates > 1) narrow(state[1], s1 + i);
@@ -117,9 +118,10 @@ void update_run(P* __restrict param, const G* __restrict grad, S* const* states,
 }
 
 // Any dtypes, any layout, any transform: operand by operand through blocks that stay in L1.
-template <class Rule, int kStates, class T>
+template <class Rule, int kVariant, class T>
 void update_blocks(const Row& row, const Layout* layout, int64_t begin, int64_t count,
                    const GradTransform& transform, const ScalarsPair<Rule>& scalars) {
+  constexpr int kStates = Rule::states(kVariant);
   alignas(64) T block[kOperands][kBlock];
   T* states[kMaxStates] = {block[kState0], block[kState0 + 1], block[kState0 + 2]};
   const T factor = static_cast<T>(transform.factor);
@@ -134,7 +136,7 @@ void update_blocks(const Row& row, const Layout* layout, int64_t begin, int64_t 
       const T low = g < -limit ? -limit : g;
       grad[i] = low > limit ? limit : low;
     }
-    update_run<Rule, kStates, T>(block[kParam], block[kGrad], states, n, T(1),
+    update_run<Rule, kVariant, T>(block[kParam], block[kGrad], states, n, T(1),
                                  scalars.template get<T>());
     store_block(row, layout, kParam, at, n, block[kParam]);
     for (int operand = kState0; operand < kState0 + kStates; ++operand)
@@ -142,46 +144,48 @@ void update_blocks(const Row& row, const Layout* layout, int64_t begin, int64_t 
   }
 }
 
-template <class Rule, int kStates, DType kParamDType, DType kStateDType>
+template <class Rule, int kVariant, DType kParamDType, DType kStateDType>
 void update_fused(const Row& row, int64_t begin, int64_t count, const GradTransform& transform,
                   const ScalarsPair<Rule>& scalars) {
   using P = typename Storage<kParamDType>::type;
   using S = typename Storage<kStateDType>::type;
   using T = decltype(widen(P{}));
+  constexpr int kStates = Rule::states(kVariant);
   S* states[kMaxStates] = {};
   for (int k = 0; k < kStates; ++k) states[k] = static_cast<S*>(row.data[kState0 + k]) + begin;
-  update_run<Rule, kStates, T>(static_cast<P*>(row.data[kParam]) + begin,
+  update_run<Rule, kVariant, T>(static_cast<P*>(row.data[kParam]) + begin,
                                static_cast<const P*>(row.data[kGrad]) + begin, states, count,
                                static_cast<T>(transform.factor),
                                scalars.template get<T>());
 }
 
-template <class Rule, int kStates>
-void update_states(const Row& row, const Layout* layout, int64_t begin, int64_t count,
-                   const GradTransform& transform, const ScalarsPair<Rule>& scalars) {
+template <class Rule, int kVariant>
+void update_variant(const Row& row, const Layout* layout, int64_t begin, int64_t count,
+                    const GradTransform& transform, const ScalarsPair<Rule>& scalars) {
+  constexpr int kStates = Rule::states(kVariant);
   const DType state_dtype = kStates > 0 ? row.dtype[kState0] : row.dtype[kParam];
   bool uniform = layout == nullptr && !transform.clamp && row.dtype[kGrad] == row.dtype[kParam];
   for (int k = 1; k < kStates; ++k) uniform &= row.dtype[kState0 + k] == state_dtype;
   bool wide = false;  // one float64 operand is enough to do the maths in float64
   for (int k = 0; k < kState0 + kStates; ++k) wide |= row.dtype[k] == DType::kFloat64;
-#define FUSEDOPT_CASE(P, S)                                                                \
-  if (uniform && row.dtype[kParam] == P && state_dtype == S)                               \
-    return update_fused<Rule, kStates, P, S>(row, begin, count, transform, scalars);
+#define FUSEDOPT_CASE(P, S)                                  \
+  if (uniform && row.dtype[kParam] == P && state_dtype == S) \
+    return update_fused<Rule, kVariant, P, S>(row, begin, count, transform, scalars);
   FUSEDOPT_FUSED_DTYPES(FUSEDOPT_CASE)
 #undef FUSEDOPT_CASE
   if (wide)
-    return update_blocks<Rule, kStates, double>(row, layout, begin, count, transform, scalars);
-  update_blocks<Rule, kStates, float>(row, layout, begin, count, transform, scalars);
+    return update_blocks<Rule, kVariant, double>(row, layout, begin, count, transform, scalars);
+  update_blocks<Rule, kVariant, float>(row, layout, begin, count, transform, scalars);
 }
 
-template <class Rule, int kStates = Rule::kMinStates>
+template <class Rule, int kVariant = 0>
 void update_chunk(const Row& row, const Layout* layout, int64_t begin, int64_t count,
                   const GradTransform& transform, const void* scalars) {
-  if constexpr (kStates <= kStateCount<Rule>) {
-    if (row.states == kStates)
-      return update_states<Rule, kStates>(row, layout, begin, count, transform,
-                                          *static_cast<const ScalarsPair<Rule>*>(scalars));
-    update_chunk<Rule, kStates + 1>(row, layout, begin, count, transform, scalars);
+  if constexpr (kVariant < Rule::kVariants) {
+    if (row.variant == kVariant)
+      return update_variant<Rule, kVariant>(row, layout, begin, count, transform,
+                                            *static_cast<const ScalarsPair<Rule>*>(scalars));
+    update_chunk<Rule, kVariant + 1>(row, layout, begin, count, transform, scalars);
   }
 }
 

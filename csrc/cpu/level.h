@@ -25,9 +25,6 @@ struct ScalarsPair {
   }
 };
 
-template <class Rule>
-inline constexpr int kStateCount = sizeof(Rule::kStateNames) / sizeof(Rule::kStateNames[0]);
-
 // Each function works on elements [begin, begin + count) of a row; layout is null for a flat row.
 struct Level {
   const char* name;

@@ -28,20 +28,21 @@ class WithoutGil {
   PyThreadState* thread_;
 };
 
-int active_states(RuleId rule, const double* hyper) {
+void choose_variant(RuleId rule, const double* hyper, Row* row) {
   switch (rule) {
-#define FUSEDOPT_STATES(Rule)         \
-  case RuleId::k##Rule: {             \
-    Rule::Hyper h;                    \
-    std::memcpy(&h, hyper, sizeof h); \
-    return Rule::states(h);           \
+#define FUSEDOPT_VARIANT(Rule)                                     \
+  case RuleId::k##Rule: {                                          \
+    Rule::Hyper h;                                                 \
+    std::memcpy(&h, hyper, sizeof h);                              \
+    row->variant = static_cast<uint8_t>(Rule::variant(h));         \
+    row->states = static_cast<uint8_t>(Rule::states(row->variant)); \
+    return;                                                        \
   }
-    FUSEDOPT_RULES(FUSEDOPT_STATES)
-#undef FUSEDOPT_STATES
+    FUSEDOPT_RULES(FUSEDOPT_VARIANT)
+#undef FUSEDOPT_VARIANT
     case RuleId::kCount:
       break;
   }
-  return 0;
 }
 
 std::string base_name(const std::string& key) { return key.substr(0, key.find('[')); }
@@ -323,7 +324,7 @@ void Plan::read_step(PyObject* step, PyObject* state, PyObject* param, Row* row)
 bool Plan::add_row(PyObject* param, GradRef grad, size_t group) {
   Row row{};
   row.group = static_cast<int32_t>(group);
-  row.states = static_cast<uint8_t>(active_states(rule_, groups_[group].hyper));
+  choose_variant(rule_, groups_[group].hyper, &row);
   Operands operands;
   StateIndex::Slot* slot = &index_.find(param);
   if (slot->visited) return refuse(where() + " appears twice among the params");

@@ -9,12 +9,13 @@
 //     static constexpr const char* kHyperNames[];    // keys of the param group; "betas[2]" is a pair
 //     static constexpr const char* kStateNames[];    // keys of the param's state, at most kMaxStates
 //     static constexpr bool kHasStep;                // whether the state has a step count
-//     static constexpr int kMinStates;               // fewest states in use, see states()
 //     struct Hyper { double ...; };                  // in the order of kHyperNames
-//     static int states(const Hyper&);               // how many states these hyperparameters use
-//     template <class T> struct Scalars { ... };     // derived once a tensor, used by each element
-//     template <class T> static Scalars<T> prepare(const Hyper&, double step, bool first);
-//     template <int kStates, class T>                // one element, in registers
+//     static constexpr int kVariants;                // loops that are compiled apart, 0 to kVariants - 1
+//     static int variant(const Hyper&);              // the one for these hyperparameters
+//     static constexpr int states(int variant);      // how many states it uses
+//     template <class T> struct Scalars { T ...; };  // what each element uses; members of T alone
+//     static Scalars<double> prepare(const Hyper&, double step, bool first);  // once a tensor
+//     template <int kVariant, class T>               // one element, in registers
 //     static void update(T& param, T grad, T* state, const Scalars<T>&);
 //   };
 //
@@ -27,6 +28,7 @@
 
 #include <cmath>
 
+#include "core/double_double.h"
 #include "core/dtype.h"
 
 namespace fusedopt {

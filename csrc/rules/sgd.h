@@ -17,13 +17,14 @@ struct Sgd {
                                                 "nesterov"};
   static constexpr const char* kStateNames[] = {"momentum_buffer"};
   static constexpr bool kHasStep = false;
-  static constexpr int kMinStates = 0;
+  static constexpr int kVariants = 2;  // without and with momentum
 
   struct Hyper {
     double lr, momentum, dampening, weight_decay, nesterov;
   };
 
-  static int states(const Hyper& h) { return h.momentum != 0 ? 1 : 0; }
+  static int variant(const Hyper& h) { return h.momentum != 0 ? 1 : 0; }
+  static constexpr int states(int variant) { return variant; }
 
   template <class T>
   struct Scalars {
@@ -34,21 +35,20 @@ struct Sgd {
     T has_decay, nesterov, first;  // switches
   };
 
-  template <class T>
-  static Scalars<T> prepare(const Hyper& h, double /*step*/, bool first) {
-    return {static_cast<T>(h.lr),
-            static_cast<T>(h.momentum),
-            static_cast<T>(1.0 - h.dampening),
-            static_cast<T>(h.weight_decay),
-            static_cast<T>(h.weight_decay != 0),
-            static_cast<T>(h.nesterov != 0),
-            static_cast<T>(first)};
+  static Scalars<double> prepare(const Hyper& h, double /*step*/, bool first) {
+    return {h.lr,
+            h.momentum,
+            1.0 - h.dampening,
+            h.weight_decay,
+            static_cast<double>(h.weight_decay != 0),
+            static_cast<double>(h.nesterov != 0),
+            static_cast<double>(first)};
   }
 
-  template <int kStates, class T>
+  template <int kVariant, class T>
   FUSEDOPT_FN static void update(T& param, T grad, T* state, const Scalars<T>& s) {
     grad = fma(s.weight_decay, select(s.has_decay, param, T(0)), grad);
-    if constexpr (kStates == 1) {
+    if constexpr (kVariant == 1) {
       // Momentum; a new buffer starts as the gradient, undampened.
       const T buffer = fma(s.momentum, select(s.first, T(0), state[0]),
                            select(s.first, grad, s.one_minus_dampening * grad));

@@ -1,7 +1,7 @@
 """Plain torch ops, on any device: the fallback of the kernels, and the tests' second voice.
 
-It shares no code with the C++ drivers. Elements are widened to float32 (float64 where any tensor of
-the row is float64), updated, and rounded once on the way back.
+It shares no code with the C++ drivers. Elements are widened to float32 (float64 where any tensor of the
+row is float64), updated by the rule's own `update`, and rounded once on the way back.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fusedopt.distributed import all_reduce_sum
 from fusedopt.plan import Row, collect
-from fusedopt.rule import Rule, maths_dtype
+from fusedopt.rule import Rule
 
 if TYPE_CHECKING:
     from fusedopt.backends import Request
@@ -52,10 +52,14 @@ def step(optimizer: FusedOptimizer, request: Request) -> str:
     return ""
 
 
+def maths_dtype(tensors: list[Tensor]) -> torch.dtype:
+    wide = {torch.float64, torch.complex128}
+    return torch.float64 if any(t.dtype in wide for t in tensors) else torch.float32
+
+
 def squared_norm(grads: list[Tensor], device: torch.device) -> Tensor:
-    """Sum of the squares of all elements, a 0-dim tensor on `device`: float64, or float32 where the
-    device has no float64."""
-    dtype = torch.float32 if device.type == "mps" else torch.float64
+    """Sum of the squares of all elements, a 0-dim tensor on `device`."""
+    dtype = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
     total = torch.zeros((), dtype=dtype, device=device)
     for grad in grads:
         values = torch.view_as_real(grad.resolve_conj()) if grad.is_complex() else grad

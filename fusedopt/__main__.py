@@ -1,0 +1,130 @@
+"""`python -m fusedopt [--json]`: what is installed, which backend serves and why not each other
+one, and a self-test of every backend that runs here. The exit code is 0 where the self-test passes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+from typing import Any
+
+import torch
+
+import fusedopt
+from fusedopt import backends
+from fusedopt._native import _C, missing, rejected_access
+
+
+def versions() -> dict[str, str | None]:
+    try:
+        from importlib.metadata import version
+
+        triton: str | None = version("triton")
+    except ImportError:
+        triton = None
+    return {
+        "fusedopt": fusedopt.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "triton": triton,
+        "cuda of torch": torch.version.cuda,
+    }
+
+
+def devices() -> list[str]:
+    names = [f"cpu ({torch.get_num_threads()} threads)"]
+    if torch.cuda.is_available():
+        names += [
+            f"cuda:{i} ({torch.cuda.get_device_name(i)})" for i in range(torch.cuda.device_count())
+        ]
+    return names
+
+
+def self_test(backend: str, device: str) -> str:
+    """Three clipped steps against float64 maths of torch.optim; "" or what went wrong."""
+    generator = torch.Generator().manual_seed(0)
+    pairs = (
+        (fusedopt.FusedAdamW, torch.optim.AdamW, {"weight_decay": 0.1}),
+        (fusedopt.FusedSGD, torch.optim.SGD, {"momentum": 0.9, "nesterov": True}),
+    )
+    for fused, plain, options in pairs:
+        values = [torch.randn(shape, generator=generator) for shape in ((), (33,), (70, 50))]
+        ours = [torch.nn.Parameter(v.to(device)) for v in values]
+        exact = [torch.nn.Parameter(v.double()) for v in values]
+        subject = fused(ours, lr=0.01, max_grad_norm=1.0, backend=backend, **options)
+        oracle = plain(exact, lr=0.01, foreach=False, **options)
+        for _ in range(3):
+            for p, q in zip(ours, exact, strict=True):
+                q.grad = torch.randn(q.shape, generator=generator).double()
+                p.grad = q.grad.to(p)
+            torch.nn.utils.clip_grad_norm_(exact, 1.0)
+            subject.step()
+            oracle.step()
+        for p, q in zip(ours, exact, strict=True):
+            error = (p.double().cpu() - q).abs().max().item()
+            if not error < 1e-5:
+                return f"{fused.__name__} is off by {error:.1e}"
+    return ""
+
+
+def chosen(device: str) -> str:
+    """The backend that backend="auto" picks for float32 params on a device."""
+    param = torch.nn.Parameter(torch.ones(3, device=device))
+    param.grad = torch.ones_like(param)
+    optimizer = fusedopt.FusedSGD([param], lr=0.1)
+    optimizer.step()
+    return str(optimizer._backend_in_use)
+
+
+def report() -> dict[str, Any]:
+    """All that `python -m fusedopt` prints, as plain data."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    entries = {}
+    for name, module in backends.BACKENDS.items():
+        reason = module.unavailable()
+        result = None if reason else self_test(name, "cpu" if name == "cpu" else device)
+        entries[name] = {
+            "available": not reason,
+            "reason": reason or None,
+            "self_test": None if result is None else (result or "passed"),
+        }
+    return {
+        "versions": versions(),
+        "devices": devices(),
+        "native": _C.build_info() if _C is not None else {"missing": missing},
+        "rejected tensor access": rejected_access,
+        "backends": entries,
+        "chosen": {name: chosen(name) for name in dict.fromkeys(("cpu", device))},
+        "ok": all(e["self_test"] in (None, "passed") for e in entries.values()),
+    }
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m fusedopt", description=__doc__)
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    arguments = parser.parse_args(argv)
+    data = report()
+    if arguments.json:
+        print(json.dumps(data, indent=2))
+        return 0 if data["ok"] else 1
+    for name, value in data["versions"].items():
+        print(f"{name:15} {value or 'not there'}")
+    print(f"{'devices':15} {', '.join(data['devices'])}")
+    for name, value in data["native"].items():
+        print(f"{name:15} {value}")
+    for way, reason in data["rejected tensor access"].items():
+        print(f"tensor access {way} was rejected: {reason}")
+    print("\nbackends, in the order in which they are tried:")
+    for name, entry in data["backends"].items():
+        verdict = entry["reason"] or f"available, self-test {entry['self_test']}"
+        print(f"  {name:10} {verdict}")
+    print()
+    for device, name in data["chosen"].items():
+        print(f"params on {device} are served by: {name}")
+    return 0 if data["ok"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
