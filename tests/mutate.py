@@ -1,0 +1,161 @@
+"""Breaks the C++ core in ways that a wrong edit could, and checks that the tests notice.
+
+Usage: python tests/mutate.py. Each mutation is one replacement in one file; the core is rebuilt
+with it and the numeric tests must fail. The exit code is 1 where one survives.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pybind11
+
+ROOT = Path(__file__).parent.parent
+TESTS = [
+    "tests/test_numerics.py::test_three_steps_match_the_oracle",
+    "tests/test_clip_amp.py::test_clipping_matches_the_oracle",
+    "tests/test_layout.py::test_every_layout_of_param_and_gradient",
+    "tests/test_clip_amp.py::test_a_skipped_step_changes_nothing",
+    "tests/test_layout.py::test_storage_offsets_of_param_gradient_and_state",
+    "tests/test_numerics.py::test_tensor_lr_equals_float_lr",
+]
+
+# name: (file, what stands there, what it becomes)
+MUTATIONS = {
+    "decay after the update": (
+        "rules/adamw.h",
+        "param = fma(-s.step_size, exp_avg / (square_root(second) + s.eps), param);",
+        "param = fma(-s.step_size, exp_avg / (square_root(second) + s.eps), param / s.decay)"
+        " * s.decay;",
+    ),
+    "decay not decoupled from lr": ("rules/adamw.h", "exact_product(h.lr,", "exact_product(1.0,"),
+    "stale lr": (
+        "host/plan.cpp",
+        "out.hyper[slot++] = number(value, key.name);",
+        "{ static double seen = number(value, key.name);"
+        " out.hyper[slot] = slot == 0 ? seen : number(value, key.name); ++slot; }",
+    ),
+    "no bias correction of the first moment": ("rules/adamw.h", " * h.lr / correction1", " * h.lr"),
+    "no bias correction of the second moment": (
+        "rules/adamw.h",
+        "square_root(one_minus_power(h.beta2, step))",
+        "DoubleDouble(1)",
+    ),
+    "no step increment": ("cpu/apply.cpp", "*row.step += 1;", "*row.step += 0;"),
+    "tail elements skipped": (
+        "cpu/kernels.h",
+        "for (int64_t i = 0; i < count; ++i) {\n    T p",
+        "for (int64_t i = 0; i < count / 8 * 8; ++i) {\n    T p",
+    ),
+    "tail of the norm skipped": (
+        "cpu/kernels.h",
+        "for (; i < count; ++i) sum +=",
+        "for (; i + 1 < count; ++i) sum +=",
+    ),
+    "eps inside the root": (
+        "rules/adamw.h",
+        "square_root(second) + s.eps",
+        "square_root(second + s.eps)",
+    ),
+    "first touch dampened": ("rules/sgd.h", "select(s.first, grad, ", "select(T(0), grad, "),
+    "nesterov ignored": ("rules/sgd.h", "select(s.nesterov, buffer, T(0))", "T(0)"),
+    "amsgrad forgets": ("rules/adamw.h", "      state[2] = second;\n", ""),
+    "maximize ignored": ("cpu/apply.cpp", "maximize ? -factor : factor", "factor"),
+    "strides of the gradient ignored": (
+        "host/layout.h",
+        "if (views[k]->stride(d) != expected) return false;",
+        "if (k != kGrad && views[k]->stride(d) != expected) return false;",
+    ),
+    "second chunk paired with the first": (
+        "cpu/kernels.h",
+        "states[k] = static_cast<S*>(row.data[kState0 + k]) + begin;",
+        "states[k] = static_cast<S*>(row.data[kState0 + k]);",
+    ),
+    "truncating bfloat16 stores": (
+        "core/dtype.h",
+        "(bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16",
+        "bits >> 16",
+    ),
+    "skipped step counted": (
+        "cpu/apply.cpp",
+        "if (!result.skipped)\n",
+        "if (true)\n",
+    ),
+}
+
+
+def build(sources: Path, package: Path, objects: Path, reuse: Path | None) -> None:
+    """Compiles csrc without optimisation of its time, and links it into `package`. Objects that no
+    mutation reaches are taken from `reuse`."""
+    flags = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-fopenmp", "-ffp-contract=off"]
+    flags += ["-fno-math-errno", "-w", f"-I{sources}", f"-I{pybind11.get_include()}"]
+    flags.append(f"-I{sysconfig.get_paths()['include']}")
+    objects.mkdir(parents=True)
+
+    def compile_one(source: Path) -> Path:
+        target = objects / (source.stem + ".o")
+        if reuse is not None and source.stem in ("bindings", "tensor_access", "level"):
+            return reuse / target.name
+        subprocess.run(["g++", *flags, "-c", str(source), "-o", str(target)], check=True)
+        return target
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        parts = list(pool.map(compile_one, sorted(sources.rglob("*.cpp"))))
+    extension = package / ("_C" + sysconfig.get_config_var("EXT_SUFFIX"))
+    link = ["g++", "-shared", "-fopenmp", *map(str, parts), "-o", str(extension)]
+    subprocess.run(link, check=True)
+
+
+def run_tests(site: Path) -> int:
+    script = (
+        "import sys, fusedopt._native as n, pytest;"
+        f"assert n._C.__file__.startswith({str(site)!r}), n._C.__file__;"
+        "sys.exit(pytest.main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", script, "-x", "-q", "-k", "not reference"]
+    command += ["-p", "no:cacheprovider", *TESTS]
+    done = subprocess.run(
+        command, cwd=site, env={**os.environ, "PYTHONPATH": str(site)}, capture_output=True
+    )
+    if done.returncode not in (0, 1):  # neither passed nor failed: the check itself is broken
+        raise RuntimeError(done.stdout.decode() + done.stderr.decode())
+    return done.returncode
+
+
+def main() -> int:
+    survivors = []
+    with tempfile.TemporaryDirectory() as temporary:
+        work = Path(temporary)
+        site = work / "site"
+        shutil.copytree(ROOT / "fusedopt", site / "fusedopt", ignore=shutil.ignore_patterns("*.so"))
+        shutil.copytree(ROOT / "tests", site / "tests")
+        shutil.copy(ROOT / "pyproject.toml", site)
+        build(ROOT / "csrc", site / "fusedopt", work / "whole", None)
+        if run_tests(site) != 0:
+            print("the tests fail on the unbroken core")
+            return 1
+        for number, (name, (file, old, new)) in enumerate(MUTATIONS.items()):
+            sources = work / f"csrc{number}"
+            shutil.copytree(ROOT / "csrc", sources)
+            text = (sources / file).read_text()
+            if text.count(old) != 1:
+                raise RuntimeError(f"{name}: {file} holds the text {text.count(old)} times")
+            (sources / file).write_text(text.replace(old, new))
+            build(sources, site / "fusedopt", work / f"objects{number}", work / "whole")
+            caught = run_tests(site) == 1
+            print(f"{'caught  ' if caught else 'SURVIVED'}  {name}", flush=True)
+            if not caught:
+                survivors.append(name)
+    print(f"{len(MUTATIONS) - len(survivors)} caught, {len(survivors)} survived")
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,143 @@
+"""The package as users get it: sdist, wheel, an install without a compiler, `python -m fusedopt`."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from fusedopt import __main__ as report
+
+ROOT = Path(__file__).parent.parent
+PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
+
+
+def run(command: list[str], cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        command,
+        cwd=cwd,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("sdist")
+    run([sys.executable, "-m", "build", "--sdist", "--no-isolation", "-o", str(out), "."], ROOT)
+    (archive,) = out.iterdir()
+    return archive
+
+
+# What a user of the installed package sees, from a folder without the source tree.
+SMOKE = """
+import fusedopt, torch, importlib.util
+assert "fusedopt" in fusedopt.__file__ and "site" in fusedopt.__file__, fusedopt.__file__
+import fusedopt.triton_kernels
+assert importlib.util.find_spec("triton_kernels") is None
+model = torch.nn.Linear(4, 4)
+model(torch.ones(2, 4)).sum().backward()
+optimizer = fusedopt.FusedAdamW(model.parameters(), max_grad_norm=1.0)
+optimizer.step()
+print(optimizer._backend_in_use)
+"""
+
+
+def smoke(tmp_path: Path, site: Path) -> str:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    command = [sys.executable, "-c", SMOKE]
+    return run(command, empty, PYTHONPATH=str(site)).stdout.strip()
+
+
+@pytest.mark.slow
+def test_wheel_from_the_sdist(sdist: Path, tmp_path: Path) -> None:
+    """pip's isolated build, which has no torch, of the sdist; then an import from elsewhere."""
+    names = tarfile.open(sdist).getnames()
+    for wanted in ("csrc/rules/adamw.h", "csrc/cpu/kernels.h", "tests/cases.py", "LICENSE"):
+        assert any(name.endswith(wanted) for name in names), wanted
+    run([*PIP, "wheel", "--no-deps", "-w", str(tmp_path), str(sdist)], tmp_path,
+        FUSEDOPT_REQUIRE_NATIVE="1")  # fmt: skip
+    (wheel,) = tmp_path.glob("*.whl")
+    inside = zipfile.ZipFile(wheel).namelist()
+    for wanted in ("py.typed", "_C.pyi", "triton_kernels/__init__.py", "backends/cpu.py"):
+        assert f"fusedopt/{wanted}" in inside
+    assert any(name.startswith("fusedopt/_C.") and name.endswith(".so") for name in inside)
+    assert not any(name.startswith(("tests", "triton_kernels", "csrc")) for name in inside)
+    site = tmp_path / "site"
+    run([*PIP, "install", "--no-deps", "--target", str(site), str(wheel)], tmp_path)
+    assert smoke(tmp_path, site) == "cpu"
+
+
+def test_install_without_a_compiler(sdist: Path, tmp_path: Path) -> None:
+    site = tmp_path / "site"
+    done = run(
+        [*PIP, "install", "-v", "--no-deps", "--no-build-isolation", "--target", str(site),
+         str(sdist)],
+        tmp_path, CC="/nonexistent/cc", CXX="/nonexistent/c++",
+    )  # fmt: skip
+    assert "the native extension was not built" in done.stdout + done.stderr
+    assert not list((site / "fusedopt").glob("_C.*.so"))
+    assert smoke(tmp_path, site) == "reference"
+    command = [sys.executable, "-m", "fusedopt"]
+    shown = run(command, tmp_path / "empty", PYTHONPATH=str(site)).stdout
+    assert "cpu        the native extension is not there" in shown
+    assert "reference  available, self-test passed" in shown
+
+
+def test_a_failing_build_is_an_error_where_asked(sdist: Path, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [*PIP, "install", "--no-deps", "--no-build-isolation", "--target", str(tmp_path),
+         str(sdist)],
+        env={**os.environ, "CC": "/nonexistent/cc", "CXX": "/nonexistent/c++",
+             "FUSEDOPT_REQUIRE_NATIVE": "1"},
+        capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert done.returncode != 0
+
+
+def test_report(capsys: pytest.CaptureFixture[str]) -> None:
+    assert report.main([]) == 0
+    shown = capsys.readouterr().out
+    for word in ("torch", "cpu_level", "cuda_archs", "self-test passed", "served by: cpu"):
+        assert word in shown
+    assert report.main(["--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["ok"]
+    assert list(data["backends"]) == ["cuda", "triton", "cpu", "reference"]
+    assert data["chosen"]["cpu"] == "cpu"
+    for entry in data["backends"].values():
+        assert entry["available"] == (entry["reason"] is None)
+
+
+def test_report_fails_with_the_self_test(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(report, "self_test", lambda backend, device: "off by 1")
+    assert report.main([]) == 1
+    assert "self-test off by 1" in capsys.readouterr().out
+
+
+def test_the_self_test_finds_a_wrong_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    assert report.self_test("cpu", "cpu") == ""
+    step = torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: (step(self), step(self)))
+    assert "FusedAdamW is off by" in report.self_test("cpu", "cpu")
+
+
+def test_no_torch_is_imported_by_the_build() -> None:
+    script = "import sys; sys.modules['torch'] = None; sys.argv = ['setup.py', '--name']; "
+    done = run([sys.executable, "-c", script + "exec(open('setup.py').read())"], ROOT)
+    assert done.stdout.strip().endswith("fusedopt")

@@ -1,0 +1,167 @@
+"""The native plan: three ways of reading tensors, one table, no trust in the step before."""
+
+from __future__ import annotations
+
+import re
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+import fusedopt
+from fusedopt import _native
+from fusedopt.adamw import ADAMW
+from fusedopt.rule import Rule
+from fusedopt.sgd import SGD
+from tests.cases import SHORT, Case, check_against_oracle, make_params, new_grads
+
+_C = _native._C
+assert _C is not None
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize("case", SHORT, ids=str)
+def test_every_way_of_reading_tensors(case: Case, tensor_access: str) -> None:
+    assert _C.build_info()["tensor_access"] == tensor_access
+    params = [
+        *make_params([0, 1, 17, (3, 5), (), 70001], torch.float32),
+        *make_params([33], torch.bfloat16),
+        torch.nn.Parameter(torch.rand(6, 5).t()),
+    ]
+    optimizer = case.fused(params, max_grad_norm=1e9, backend="cpu", **case.options)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(3):
+        new_grads(params, generator)
+        params[2].grad = None
+        versions = [p._version for p in params]
+        check_against_oracle(case, optimizer, params)
+        moved = [p._version - v for p, v in zip(params, versions, strict=True)]
+        assert moved == [0 if p.grad is None else 1 for p in params]
+
+
+def test_a_way_that_reads_wrongly_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = _C.build_info()["tensor_access"]
+    monkeypatch.setattr(_native, "_GRAD", ("c10", "no_such_symbol"))
+    with pytest.raises(RuntimeError, match="'direct' does not work here"):
+        _native.use_tensor_access("direct")
+    monkeypatch.undo()
+    # A function that does nothing stands in for a libtorch whose function changed its meaning.
+    monkeypatch.setattr(_native, "_BUMP_VERSION", _native._GRAD)
+    with pytest.raises(RuntimeError, match="version counter was not bumped"):
+        _native.use_tensor_access("direct")
+    monkeypatch.undo()
+    monkeypatch.setattr(_native, "_offset_of_tensor", lambda samples: 24)
+    monkeypatch.setitem(_native.WAYS, "direct", lambda native: native.use_python(lambda t: None))
+    with pytest.raises(RuntimeError, match="a tensor was read as None"):
+        _native.use_tensor_access("direct")
+    monkeypatch.undo()
+    assert _C.build_info()["tensor_access"] == before
+    with pytest.raises(ValueError, match="direct, dlpack, python"):
+        _native.use_tensor_access("telepathy")
+    with pytest.raises(RuntimeError, match="offsets, not one"):
+        _native._offset_of_tensor([object.__new__(Fake), torch.ones(1)])  # type: ignore[list-item]
+
+
+class Fake:
+    _cdata = 12345
+
+
+@pytest.mark.parametrize("rule", [ADAMW, SGD], ids=lambda r: r.name)
+def test_python_and_cpp_agree_on_the_rules(rule: Rule) -> None:
+    hyper, state, has_step = _C.rules()[rule.name]
+    assert (tuple(hyper), tuple(state), has_step) == (rule.hyper, rule.state, rule.has_step)
+    assert set(_C.rules()) == {"adamw", "sgd"}
+
+
+def test_rows_that_lie_alike_are_flat() -> None:
+    image = torch.randn(4, 3, 5, 6).to(memory_format=torch.channels_last)
+    params = [
+        torch.nn.Parameter(torch.randn(3, 4)),
+        torch.nn.Parameter(image),
+        torch.nn.Parameter(torch.randn(5, 6).t()),
+        torch.nn.Parameter(torch.randn(6, 4)),
+        torch.nn.Parameter(torch.randn(3, 1, 2)),
+    ]
+    for p in params:
+        p.grad = torch.randn_like(p)
+    optimizer = fusedopt.FusedAdamW(params, backend="cpu")
+    optimizer.step()
+    plan = optimizer._native_plan
+    assert plan.refresh(optimizer.param_groups, optimizer.state, optimizer._host) == ""
+    assert (plan.rows, plan.flat_rows) == (5, 5)
+    params[3].grad = torch.randn(4, 6).t()
+    plan.refresh(optimizer.param_groups, optimizer.state, optimizer._host)
+    assert (plan.rows, plan.flat_rows) == (5, 4)
+    plan.roll_back()
+    assert plan.rows == 0
+
+
+def test_state_made_for_a_step_that_fails_is_taken_back() -> None:
+    params = make_params([5, 7], torch.float32)
+    optimizer = fusedopt.FusedAdamW(params, backend="cpu")
+    optimizer.state[params[1]] = {"exp_avg": torch.ones(3)}
+    with pytest.raises(ValueError, match="has shape"):
+        optimizer.step()
+    assert list(optimizer.state) == [params[1]]
+    assert list(optimizer.state[params[1]]) == ["exp_avg"]
+
+
+def test_gradients_dropped_by_another_thread_during_a_long_step() -> None:
+    params = make_params([1_500_000] * 4, torch.float32)
+    grads = [p.grad for p in params]
+    optimizer = fusedopt.FusedAdamW(params, lr=1e-3, backend="cpu")
+    optimizer.step()
+    stop = threading.Event()
+
+    def disturb() -> None:
+        while not stop.is_set():
+            for p in params:
+                p.grad = None
+                optimizer.state[p]["exp_avg"] = optimizer.state[p]["exp_avg"].clone()
+            for p, g in zip(params, grads, strict=True):
+                assert g is not None
+                p.grad = g.clone()
+
+    thread = threading.Thread(target=disturb)
+    thread.start()
+    try:
+        for _ in range(20):
+            optimizer.step()
+    finally:
+        stop.set()
+        thread.join()
+    assert all(p.isfinite().all() for p in params)
+
+
+def test_one_optimizer_in_two_threads_is_an_error_not_a_crash() -> None:
+    params = make_params([1_500_000] * 4, torch.float32)
+    optimizer = fusedopt.FusedAdamW(params, lr=1e-3, backend="cpu")
+    optimizer.step()
+    errors: list[str] = []
+
+    def steps() -> None:
+        for _ in range(20):
+            try:
+                optimizer.step()
+            except RuntimeError as error:
+                errors.append(str(error))
+
+    threads = [threading.Thread(target=steps) for _ in range(3)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert all("running in another thread" in e for e in errors)
+    assert all(p.isfinite().all() for p in params)
+
+
+def test_the_kernels_know_no_torch() -> None:
+    sources = [p for p in (ROOT / "csrc").rglob("*") if p.is_file()]
+    assert len(sources) > 15
+    for path in sources:
+        text = path.read_text()
+        assert not re.search(r"#include\s*[<\"](torch|ATen|c10)/", text), path
+        if path.name != "bindings.cpp":
+            assert "pybind11" not in text, path
+    assert "import torch" not in re.sub(r'""".*?"""', "", (ROOT / "setup.py").read_text())
