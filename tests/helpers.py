@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -129,16 +128,25 @@ def assert_same(a: Any, b: Any, where: str = "") -> None:
         assert a == b, where
 
 
+def copied(value: Any) -> Any:
+    """As deepcopy, for tensors in dicts and lists, and faster."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, dict):
+        return {key: copied(v) for key, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(copied(v) for v in value)
+    return value
+
+
 def contents(optimizer: Optimizer) -> dict[str, Any]:
     """A copy of all that a step can change or depends on: groups, params, state."""
-    state_dict = optimizer.state_dict()
-    return deepcopy(
-        {
-            "groups": state_dict["param_groups"],
-            "params": [p.detach() for p in params_of(optimizer)],
-            "state": [dict(optimizer.state.get(p, {})) for p in params_of(optimizer)],
-        }
-    )
+    params = params_of(optimizer)
+    return {
+        "groups": copied(optimizer.state_dict()["param_groups"]),
+        "params": copied(params),
+        "state": [copied(optimizer.state.get(p, {})) for p in params],
+    }
 
 
 def assert_close(a: Tensor, b: Tensor, where: str = "") -> None:

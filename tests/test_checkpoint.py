@@ -603,7 +603,7 @@ def assert_refused(
     assert_same(contents(optimizer), contents(twin))
 
 
-def used(cls: type[FusedOptimizer], backend: str) -> tuple[FusedOptimizer, dict[str, Any]]:
+def used(cls: type[FusedOptimizer], backend: str = "auto") -> tuple[FusedOptimizer, dict[str, Any]]:
     """A used optimizer, and a good checkpoint of another with other values throughout."""
     optimizer, other = build(cls, backend), build(cls, backend, lr=0.003)
     run(optimizer, range(2))
@@ -619,8 +619,8 @@ def test_the_good_checkpoint_is_loaded(cls: type[FusedOptimizer], backend: str) 
 
 
 @pytest.mark.parametrize("bad", BAD_TENSORS.values(), ids=BAD_TENSORS.keys())
-def test_bad_state_tensors(cls: type[FusedOptimizer], backend: str, bad: Break) -> None:
-    optimizer, saved = used(cls, backend)
+def test_bad_state_tensors(cls: type[FusedOptimizer], bad: Break) -> None:
+    optimizer, saved = used(cls)
     for key in [key for key in saved["state"][5] if key != "step"]:
         broken = deepcopy(saved)
         broken["state"][5][key] = bad(saved["state"][5][key])
@@ -629,8 +629,8 @@ def test_bad_state_tensors(cls: type[FusedOptimizer], backend: str, bad: Break) 
 
 @pytest.mark.parametrize("step", BAD_STEPS.values(), ids=BAD_STEPS.keys())
 @pytest.mark.parametrize("cls", CLASSES[:2], ids=lambda cls: cls.__name__)
-def test_bad_steps(cls: type[FusedOptimizer], backend: str, step: Any) -> None:
-    optimizer, saved = used(cls, backend)
+def test_bad_steps(cls: type[FusedOptimizer], step: Any) -> None:
+    optimizer, saved = used(cls)
     saved["state"][5]["step"] = step
     assert_refused(optimizer, saved, match=r'param_groups\[1\]\["params"\]\[2\].*step')
 
@@ -644,25 +644,23 @@ def test_bad_steps(cls: type[FusedOptimizer], backend: str, step: Any) -> None:
         for name, change in table.items()
     ],
 )
-def test_bad_hyperparameters(
-    cls: type[FusedOptimizer], backend: str, change: dict[str, Any]
-) -> None:
-    optimizer, saved = used(cls, backend)
+def test_bad_hyperparameters(cls: type[FusedOptimizer], change: dict[str, Any]) -> None:
+    optimizer, saved = used(cls)
     saved["param_groups"][1].update(change)
     assert_refused(optimizer, saved, match=r"param_groups\[1\]")
 
 
 @pytest.mark.parametrize("bad", BAD_SHAPES.values(), ids=BAD_SHAPES.keys())
-def test_bad_structure(cls: type[FusedOptimizer], backend: str, bad: Any) -> None:
-    optimizer, saved = used(cls, backend)
+def test_bad_structure(cls: type[FusedOptimizer], bad: Any) -> None:
+    optimizer, saved = used(cls)
     bad(saved)
     assert_refused(optimizer, saved)
 
 
 @pytest.mark.parametrize("key", ["step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"])
 @pytest.mark.parametrize("cls", CLASSES[:2], ids=lambda cls: cls.__name__)
-def test_a_state_that_lacks_a_key(cls: type[FusedOptimizer], backend: str, key: str) -> None:
-    optimizer, saved = used(cls, backend)
+def test_a_state_that_lacks_a_key(cls: type[FusedOptimizer], key: str) -> None:
+    optimizer, saved = used(cls)
     del saved["state"][5][key]
     assert_refused(optimizer, saved, match=rf"lacks {key}")
 
