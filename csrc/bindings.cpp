@@ -55,11 +55,10 @@ RuleKeys find_rule(const std::string& name) {
 
 py::dict rules() {
   py::dict all;
-#define FUSEDOPT_LIST(Rule)                                               \
-  {                                                                       \
-    const RuleKeys info = describe_rule<Rule>(RuleId::k##Rule);           \
-    all[Rule::kName] =                                                    \
-        py::make_tuple(py::cast(info.hyper), py::cast(info.state), info.has_step); \
+#define FUSEDOPT_LIST(Rule)                                                                       \
+  {                                                                                               \
+    const RuleKeys info = describe_rule<Rule>(RuleId::k##Rule);                                   \
+    all[Rule::kName] = py::make_tuple(py::cast(info.hyper), py::cast(info.state), info.has_step); \
   }
   FUSEDOPT_RULES(FUSEDOPT_LIST)
 #undef FUSEDOPT_LIST
@@ -77,8 +76,8 @@ void* scalar_memory(const py::object& tensor, const char* name, int code, int bi
   TensorView view;
   const TensorAccess& access = TensorAccess::instance();
   const bool good = guarded([&] {
-    return access.is_plain(tensor.ptr()) && access.read(tensor.ptr(), &view) &&
-           view.dl.ndim == 0 && view.dl.device.type == dlpack::kCPU && view.dl.dtype.code == code &&
+    return access.is_plain(tensor.ptr()) && access.read(tensor.ptr(), &view) && view.dl.ndim == 0 &&
+           view.dl.device.type == dlpack::kCPU && view.dl.dtype.code == code &&
            view.dl.dtype.bits == bits && view.dl.data != nullptr;
   });
   if (!good)
@@ -99,12 +98,14 @@ py::tuple apply(Plan& plan, bool norm, double max_norm, double clip_value, doubl
   options.skip_nonfinite = skip_nonfinite;
   options.squared_norm = squared_norm;
   options.threads = checked_threads(threads);
-  auto* norm_out = grad_norm.is_none() ? nullptr
-                                       : static_cast<float*>(scalar_memory(
-                                             grad_norm, "grad_norm", dlpack::kFloat, 32));
-  auto* skipped_out = skipped_steps.is_none() ? nullptr
-                                              : static_cast<int64_t*>(scalar_memory(
-                                                    skipped_steps, "skipped_steps", dlpack::kInt, 64));
+  auto* norm_out =
+      grad_norm.is_none()
+          ? nullptr
+          : static_cast<float*>(scalar_memory(grad_norm, "grad_norm", dlpack::kFloat, 32));
+  auto* skipped_out =
+      skipped_steps.is_none()
+          ? nullptr
+          : static_cast<int64_t*>(scalar_memory(skipped_steps, "skipped_steps", dlpack::kInt, 64));
   const cpu::StepResult result = guarded([&] { return plan.apply(options); });
   if (norm && norm_out != nullptr) *norm_out = static_cast<float>(result.total_norm);
   if (result.skipped && skipped_out != nullptr) *skipped_out += 1;
@@ -119,7 +120,8 @@ py::object describe(const py::object& tensor) {
   const std::vector<int64_t> strides(view.dl.strides, view.dl.strides + view.dl.ndim);
   return py::make_tuple(reinterpret_cast<uintptr_t>(view.dl.data) + view.dl.byte_offset,
                         view.dl.device.type, view.dl.device.index, view.dl.dtype.code,
-                        view.dl.dtype.bits, py::tuple(py::cast(shape)), py::tuple(py::cast(strides)));
+                        view.dl.dtype.bits, py::tuple(py::cast(shape)),
+                        py::tuple(py::cast(strides)));
 }
 
 py::object grad_pointer(const py::object& param) {
@@ -192,7 +194,8 @@ PYBIND11_MODULE(_C, m) {
            py::arg("rule"))
       .def(
           "refresh",
-          [](Plan& plan, const py::object& groups, const py::object& state, const py::object& host) {
+          [](Plan& plan, const py::object& groups, const py::object& state,
+             const py::object& host) {
             return guarded([&] { return plan.refresh(groups.ptr(), state.ptr(), host.ptr()); });
           },
           py::arg("param_groups"), py::arg("state"), py::arg("host"))
@@ -214,30 +217,42 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info);
   m.def("describe", &describe, py::arg("tensor"));
   m.def("grad_pointer", &grad_pointer, py::arg("param"));
-  m.def("bump_versions", [](const py::list& tensors) {
-    guarded([&] {
-      const TensorAccess& access = TensorAccess::instance();
-      std::vector<PyObject*> objects;
-      for (const py::handle tensor : tensors) {
-        if (!access.is_plain(tensor.ptr()))
-          throw py::type_error("tensors must be a list of torch.Tensor");
-        objects.push_back(tensor.ptr());
-      }
-      access.bump_versions(objects);
-    });
-  }, py::arg("tensors"));
+  m.def(
+      "bump_versions",
+      [](const py::list& tensors) {
+        guarded([&] {
+          const TensorAccess& access = TensorAccess::instance();
+          std::vector<PyObject*> objects;
+          for (const py::handle tensor : tensors) {
+            if (!access.is_plain(tensor.ptr()))
+              throw py::type_error("tensors must be a list of torch.Tensor");
+            objects.push_back(tensor.ptr());
+          }
+          access.bump_versions(objects);
+        });
+      },
+      py::arg("tensors"));
   m.def("squared_norm", &squared_norm_of, py::arg("tensors"), py::arg("threads"));
   m.def("scale_", &scale, py::arg("tensors"), py::arg("coef"), py::arg("limit"),
         py::arg("threads"));
   m.def("use_direct", &use_direct, py::arg("tensor_offset"), py::arg("to_dlpack"), py::arg("grad"),
         py::arg("bump_version"), py::arg("undefined_impl"));
-  m.def("use_dlpack", [](const py::object& capsule) {
-    guarded([&] { TensorAccess::instance().use_dlpack(capsule.ptr()); });
-  }, py::arg("capsule"));
-  m.def("use_python", [](const py::object& describe) {
-    guarded([&] { TensorAccess::instance().use_python(describe.ptr()); });
-  }, py::arg("describe"));
-  m.def("set_types", [](const py::object& base, const py::object& plain) {
-    guarded([&] { TensorAccess::instance().set_types(base.ptr(), plain.ptr()); });
-  }, py::arg("base"), py::arg("plain"));
+  m.def(
+      "use_dlpack",
+      [](const py::object& capsule) {
+        guarded([&] { TensorAccess::instance().use_dlpack(capsule.ptr()); });
+      },
+      py::arg("capsule"));
+  m.def(
+      "use_python",
+      [](const py::object& describe) {
+        guarded([&] { TensorAccess::instance().use_python(describe.ptr()); });
+      },
+      py::arg("describe"));
+  m.def(
+      "set_types",
+      [](const py::object& base, const py::object& plain) {
+        guarded([&] { TensorAccess::instance().set_types(base.ptr(), plain.ptr()); });
+      },
+      py::arg("base"), py::arg("plain"));
 }

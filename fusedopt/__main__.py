@@ -45,7 +45,7 @@ def devices() -> list[str]:
 def self_test(backend: str, device: str) -> str:
     """Three clipped steps against float64 maths of torch.optim; "" or what went wrong."""
     generator = torch.Generator().manual_seed(0)
-    pairs = (
+    pairs: tuple[tuple[Any, Any, dict[str, Any]], ...] = (
         (fusedopt.FusedAdamW, torch.optim.AdamW, {"weight_decay": 0.1}),
         (fusedopt.FusedSGD, torch.optim.SGD, {"momentum": 0.9, "nesterov": True}),
     )

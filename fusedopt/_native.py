@@ -19,7 +19,7 @@ import torch
 _C: ModuleType | None
 missing = ""
 try:
-    from fusedopt import _C  # type: ignore[attr-defined,no-redef]
+    from fusedopt import _C
 except ImportError as error:
     _C = None
     missing = f"the native extension is not there ({error}); install fusedopt with a C++17 compiler"
@@ -100,7 +100,7 @@ def _use_direct(native: ModuleType) -> None:
 
 
 def _use_dlpack(native: ModuleType) -> None:
-    native.use_dlpack(torch.Tensor.__dlpack_c_exchange_api__)  # type: ignore[attr-defined]
+    native.use_dlpack(torch.Tensor.__dlpack_c_exchange_api__)
 
 
 def _use_python(native: ModuleType) -> None:

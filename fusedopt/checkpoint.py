@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections import defaultdict
-from copy import copy
+from copy import deepcopy
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,10 @@ from fusedopt.plan import as_step, name_of
 
 if TYPE_CHECKING:
     from fusedopt.optimizer import FusedOptimizer
+
+# What a checkpoint means that is older than these options: as torch.optim, whatever this optimizer
+# was built with.
+_OLDER = {"amsgrad": False, "maximize": False, "nesterov": False, "capturable": False}
 
 _FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -50,18 +55,15 @@ def _groups(optimizer: FusedOptimizer, state_dict: dict[str, Any]) -> list[dict[
                 "loaded state dict contains a parameter group "
                 "that doesn't match the size of optimizer's group"
             )
-        group = {
-            key: value.clone() if isinstance(value, Tensor) else copy(value)
-            for key, value in new.items()
-            if key != "params"
-        }
+        group = {sys.intern(key): deepcopy(value) for key, value in new.items() if key != "params"}
         if "lr" not in group:
             raise ValueError(f"param_groups[{index}] of the loaded state dict has no lr")
         if "param_names" in old and "param_names" not in group:
             group["param_names"] = old["param_names"]
         group["params"] = old["params"]
-        for key, default in optimizer.defaults.items():
-            group.setdefault(key, default)
+        for key, default in {**optimizer.defaults, **_OLDER}.items():
+            if key in optimizer.defaults:
+                group.setdefault(key, default)
         # A checkpoint of another implementation may carry its own flags: they have no effect here.
         flags = {"foreach": None, "fused": None, "differentiable": False}
         try:
@@ -118,7 +120,7 @@ def _param_state(
         elif key in rule.state:
             loaded[key] = _tensor(value, f"the loaded {key} of {where}", param)
         else:
-            loaded[key] = value.clone() if isinstance(value, Tensor) else copy(value)
+            loaded[key] = deepcopy(value)
     if loaded and rule.has_step:
         missing = [key for key in ("step", *needed) if key not in loaded]
         if missing:
@@ -140,7 +142,9 @@ def _tensor(value: Any, what: str, param: Tensor) -> Tensor:
         )
     if value.is_meta and not param.is_meta:
         raise ValueError(f"{what} is a meta tensor without values")
-    if any(stride == 0 and size > 1 for stride, size in zip(value.stride(), value.shape)):
+    if any(
+        stride == 0 and size > 1 for stride, size in zip(value.stride(), value.shape, strict=True)
+    ):
         raise ValueError(f"{what} is an expanded tensor: its elements share memory")
     copied = torch.empty_like(param, dtype=value.dtype, requires_grad=False)
     copied.copy_(value.detach())

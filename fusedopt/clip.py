@@ -26,7 +26,7 @@ def _native_norm(tensors: list[Tensor], norm_type: float) -> Tensor | None:
         return None
     squares, any_float64 = result
     dtype = torch.float64 if any_float64 else torch.float32
-    return torch.tensor(math.sqrt(squares), dtype=dtype)
+    return torch.tensor(math.sqrt(squares), dtype=dtype, device="cpu")
 
 
 @torch.no_grad()

@@ -23,8 +23,8 @@ _FUSED: tuple[tuple[type[Optimizer], type[FusedOptimizer]], ...] = (
 def fuse(optimizer: Optimizer, **options: Any) -> FusedOptimizer:
     """The fused optimizer that goes on where `optimizer` is: same groups, same state tensors.
 
-    State tensors are shared, not copied: drop the old optimizer. A learning-rate scheduler refers to
-    the old optimizer; build it on the new one.
+    State tensors are shared, not copied: drop the old optimizer. A learning-rate scheduler refers
+    to the old optimizer; build it on the new one.
 
     Args:
         optimizer: a torch.optim.AdamW, Adam or SGD.
@@ -34,10 +34,8 @@ def fuse(optimizer: Optimizer, **options: Any) -> FusedOptimizer:
         TypeError: for an optimizer of another class.
         RuntimeError: for differentiable=True.
     """
-    for source, target in _FUSED:
-        if isinstance(optimizer, source):
-            break
-    else:
+    target = next((fused for plain, fused in _FUSED if isinstance(optimizer, plain)), None)
+    if target is None:
         names = ", ".join(f"torch.optim.{source.__name__}" for source, _ in _FUSED)
         raise TypeError(f"optimizer must be one of {names}, got {type(optimizer).__name__}")
     accepted = target.__init__.__annotations__

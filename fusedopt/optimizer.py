@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -14,7 +15,7 @@ from torch.optim.optimizer import (
     _global_optimizer_pre_hooks,
 )
 
-from fusedopt import backends, checks, checkpoint
+from fusedopt import backends, checkpoint, checks
 from fusedopt.plan import Host
 from fusedopt.rule import Rule
 
@@ -85,8 +86,8 @@ class FusedOptimizer(Optimizer):
             self.check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """Performs one step.
+    def step(self, *args: Any, **kwargs: Any) -> Any:
+        """step(closure=None): performs one step.
 
         Args:
             closure: re-evaluates the model and returns the loss; called once, with grad enabled.
@@ -105,13 +106,13 @@ class FusedOptimizer(Optimizer):
             or _global_optimizer_pre_hooks
             or _global_optimizer_post_hooks
             or torch.autograd._profiler_enabled()
-        ):
-            return self._hooked_step() if closure is None else self._hooked_step(closure)
-        return self._step(closure)
+        ) and type(self).step is FusedOptimizer.step:  # torch wraps a subclass's own step()
+            return self._hooked_step(*args, **kwargs)
+        return self._step(*args, **kwargs)
 
     # torch would wrap step() into a record_function of 23 us; step() does so itself where a hook or
     # a profiler can see the difference.
-    step.hooked = True  # type: ignore[attr-defined]
+    step.hooked = True  # type: ignore[attr-defined]  # torch leaves it as it is
 
     def _step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None
@@ -133,6 +134,7 @@ class FusedOptimizer(Optimizer):
         return loss
 
     _hooked_step = Optimizer.profile_hook_step(_step)
+    step.__signature__ = inspect.signature(_step)  # type: ignore[attr-defined]
 
     def _choose_backend(self, request: backends.Request) -> None:
         """Runs the step with the first backend that can serve these tensors."""

@@ -49,7 +49,8 @@ class FusedSGD(FusedOptimizer):
     __doc__ = f"""SGD with momentum, dampening and Nesterov momentum, as torch.optim.SGD, fused.
 
     .. math::
-        g &= g + \\lambda \\theta, \\quad b = \\mu b + (1 - \\tau) g \\quad (b = g \\text{{ at first}}) \\\\
+        g &= g + \\lambda \\theta, \\quad
+        b = \\mu b + (1 - \\tau) g \\quad (b = g \\text{{ at first}}) \\\\
         \\theta &= \\theta - \\gamma b \\quad (\\text{{nesterov: }} \\theta - \\gamma (g + \\mu b))
 
     Sutskever et al., On the importance of initialization and momentum in deep learning, ICML 2013.
@@ -63,7 +64,8 @@ class FusedSGD(FusedOptimizer):
         nesterov: use Nesterov momentum.
 {options_doc}
     Raises:
-        ValueError: a hyperparameter out of its range, or nesterov without momentum or with dampening.
+        ValueError: a hyperparameter out of its range, or nesterov with dampening or without
+            momentum.
         TypeError: a hyperparameter of a wrong type.
     """
 

@@ -246,11 +246,13 @@ class Host:
 
 
 JUNK: list[Any] = [
-    None, 0, -1, 1.5, "x", b"y", (), [], {}, object(), torch.ones(3), torch.nn.Parameter(torch.ones(3)),
-    torch.ones(3, dtype=torch.int32), torch.ones(2, 2).to_sparse(), torch.ones(3, device="meta"),
-    torch.ones(3, dtype=torch.complex64), np.ones(3), [torch.ones(3)], {"params": 3}, {"params": [None]},
-    [{"params": [torch.ones(3)]}], [{"params": [5]}], [{}], [3], torch.Tensor, type,
-]  # fmt: skip
+    *(None, 0, -1, 1.5, "x", b"y", (), [], {}, object(), torch.Tensor, type, np.ones(3)),
+    *(torch.ones(3), torch.nn.Parameter(torch.ones(3)), torch.ones(3, dtype=torch.int32)),
+    *(torch.ones(2, 2).to_sparse(), torch.ones(3, device="meta")),
+    *(torch.ones(3, dtype=torch.complex64), [torch.ones(3)]),
+    *({"params": 3}, {"params": [None]}, [{"params": [torch.ones(3)]}], [{"params": [5]}]),
+    *([{}], [3]),
+]
 
 _PLAN = _C.Plan("adamw")
 ENTRY_POINTS = {

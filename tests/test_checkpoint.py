@@ -392,7 +392,6 @@ def test_two_optimizers_from_one_dict_share_nothing(cls: type[FusedOptimizer], d
     assert_same(contents(second)["params"], contents(optimizer)["params"])
 
 
-@pytest.mark.xfail(strict=True, reason="tensors in betas are shared with the loaded dict")
 @pytest.mark.parametrize("cls", CLASSES[:2], ids=lambda cls: cls.__name__)
 def test_tensor_betas_are_copied(cls: type[FusedOptimizer], backend: str) -> None:
     optimizer = build(cls, backend, **with_tensor_hyperparameters(cls))

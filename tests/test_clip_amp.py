@@ -324,3 +324,8 @@ def test_clip_grad_norm_error_if_nonfinite() -> None:
     assert torch.equal(param.grad[[0, 2]], before[[0, 2]])
     assert fusedopt.clip_grad_norm_([param], 1.0).isnan()
     assert param.grad.isnan().all()
+
+
+def test_the_norm_does_not_follow_the_default_device() -> None:
+    with torch.device("meta"):
+        assert fusedopt.get_total_norm([torch.ones(4, device="cpu")]) == 2

@@ -1,4 +1,4 @@
-"""The package as users get it: sdist, wheel, an install without a compiler, `python -m fusedopt`."""
+"""The package as users get it: sdist, wheel, install without a compiler, `python -m fusedopt`."""
 
 from __future__ import annotations
 
@@ -63,7 +63,8 @@ def smoke(tmp_path: Path, site: Path) -> str:
 @pytest.mark.slow
 def test_wheel_from_the_sdist(sdist: Path, tmp_path: Path) -> None:
     """pip's isolated build, which has no torch, of the sdist; then an import from elsewhere."""
-    names = tarfile.open(sdist).getnames()
+    with tarfile.open(sdist) as archive:
+        names = archive.getnames()
     for wanted in ("csrc/rules/adamw.h", "csrc/cpu/kernels.h", "tests/cases.py", "LICENSE"):
         assert any(name.endswith(wanted) for name in names), wanted
     run([*PIP, "wheel", "--no-deps", "-w", str(tmp_path), str(sdist)], tmp_path,

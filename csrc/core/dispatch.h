@@ -10,12 +10,12 @@
 namespace fusedopt {
 
 // X(param and grad dtype, state dtype)
-#define FUSEDOPT_FUSED_DTYPES(X)         \
-  X(DType::kFloat32, DType::kFloat32)    \
-  X(DType::kFloat64, DType::kFloat64)    \
-  X(DType::kBFloat16, DType::kBFloat16)  \
-  X(DType::kFloat16, DType::kFloat16)    \
-  X(DType::kBFloat16, DType::kFloat32)   \
+#define FUSEDOPT_FUSED_DTYPES(X)        \
+  X(DType::kFloat32, DType::kFloat32)   \
+  X(DType::kFloat64, DType::kFloat64)   \
+  X(DType::kBFloat16, DType::kBFloat16) \
+  X(DType::kFloat16, DType::kFloat16)   \
+  X(DType::kBFloat16, DType::kFloat32)  \
   X(DType::kFloat16, DType::kFloat32)
 
 }  // namespace fusedopt

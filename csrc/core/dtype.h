@@ -22,7 +22,8 @@ enum class DType : uint8_t { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16
 inline constexpr int kDTypes = 4;
 inline constexpr size_t kDTypeBytes[kDTypes] = {4, 8, 2, 2};
 
-// Distinct types for the bits of a 16-bit float; enums, because compilers vectorise loads of scalars.
+// Distinct types for the bits of a 16-bit float; enums, because compilers vectorise loads of
+// scalars.
 enum class bfloat16 : uint16_t {};
 enum class float16 : uint16_t {};
 
@@ -65,7 +66,8 @@ FUSEDOPT_FN float widen(float16 x) {
   const uint32_t sign = (static_cast<uint32_t>(x) & 0x8000u) << 16;
   const uint32_t magnitude = static_cast<uint32_t>(x) & 0x7fffu;
   const uint32_t exponent = magnitude & 0x7c00u;
-  const uint32_t subnormal = float_bits(static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-24f);
+  const uint32_t subnormal =
+      float_bits(static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-24f);
   const uint32_t rebias = exponent == 0x7c00u ? (255u - 31u) << 23 : (127u - 15u) << 23;
   const uint32_t normal = (magnitude << 13) + rebias;
   return bits_float((exponent == 0 ? subnormal : normal) | sign);

@@ -22,7 +22,7 @@ inline constexpr int32_t kFlat = -1;
 // element i of each belongs together; else it is an index into the table of layouts.
 struct Row {
   void* data[kOperands];
-  float* step;    // null for a rule without step counts
+  float* step;  // null for a rule without step counts
   int64_t numel;
   int32_t group;
   int32_t layout;
@@ -30,7 +30,7 @@ struct Row {
   DType dtype[kOperands];
   uint8_t variant;  // of the rule
   uint8_t states;   // how many state tensors are in use
-  uint8_t first;   // 1 when the state was created for this step
+  uint8_t first;    // 1 when the state was created for this step
 };
 
 // One param group: hyperparameters in the order of the rule's Hyper struct.

@@ -29,10 +29,14 @@ void store_run(const T* __restrict from, To* __restrict to, int64_t stride, int 
 template <class F>
 inline __attribute__((always_inline)) void with_type(DType dtype, void* data, F f) {
   switch (dtype) {
-    case DType::kFloat32: return f(static_cast<float*>(data));
-    case DType::kFloat64: return f(static_cast<double*>(data));
-    case DType::kBFloat16: return f(static_cast<bfloat16*>(data));
-    case DType::kFloat16: return f(static_cast<float16*>(data));
+    case DType::kFloat32:
+      return f(static_cast<float*>(data));
+    case DType::kFloat64:
+      return f(static_cast<double*>(data));
+    case DType::kBFloat16:
+      return f(static_cast<bfloat16*>(data));
+    case DType::kFloat16:
+      return f(static_cast<float16*>(data));
   }
 }
 
@@ -67,7 +71,8 @@ void for_runs(const Layout& layout, int operand, int64_t begin, int count, F f) 
 }
 
 template <class T>
-void load_block(const Row& row, const Layout* layout, int operand, int64_t begin, int count, T* to) {
+void load_block(const Row& row, const Layout* layout, int operand, int64_t begin, int count,
+                T* to) {
   with_type(row.dtype[operand], row.data[operand], [&](auto* data) {
     if (layout == nullptr) return load_run(data + begin, 1, to, count);
     for_runs(*layout, operand, begin, count, [&](int64_t offset, int64_t stride, int at, int run) {
@@ -137,7 +142,7 @@ void update_blocks(const Row& row, const Layout* layout, int64_t begin, int64_t 
       grad[i] = low > limit ? limit : low;
     }
     update_run<Rule, kVariant, T>(block[kParam], block[kGrad], states, n, T(1),
-                                 scalars.template get<T>());
+                                  scalars.template get<T>());
     store_block(row, layout, kParam, at, n, block[kParam]);
     for (int operand = kState0; operand < kState0 + kStates; ++operand)
       store_block(row, layout, operand, at, n, block[operand]);
@@ -154,9 +159,8 @@ void update_fused(const Row& row, int64_t begin, int64_t count, const GradTransf
   S* states[kMaxStates] = {};
   for (int k = 0; k < kStates; ++k) states[k] = static_cast<S*>(row.data[kState0 + k]) + begin;
   update_run<Rule, kVariant, T>(static_cast<P*>(row.data[kParam]) + begin,
-                               static_cast<const P*>(row.data[kGrad]) + begin, states, count,
-                               static_cast<T>(transform.factor),
-                               scalars.template get<T>());
+                                static_cast<const P*>(row.data[kGrad]) + begin, states, count,
+                                static_cast<T>(transform.factor), scalars.template get<T>());
 }
 
 template <class Rule, int kVariant>

@@ -51,7 +51,8 @@ class DictReader {
       }
     }
     complete_ = found == names_.size();
-    if (complete_) places_.erase(places_.begin() + static_cast<std::ptrdiff_t>(used), places_.end());
+    if (complete_)
+      places_.erase(places_.begin() + static_cast<std::ptrdiff_t>(used), places_.end());
   }
 
   std::vector<PyObject*> names_;

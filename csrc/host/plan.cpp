@@ -30,13 +30,13 @@ class WithoutGil {
 
 void choose_variant(RuleId rule, const double* hyper, Row* row) {
   switch (rule) {
-#define FUSEDOPT_VARIANT(Rule)                                     \
-  case RuleId::k##Rule: {                                          \
-    Rule::Hyper h;                                                 \
-    std::memcpy(&h, hyper, sizeof h);                              \
-    row->variant = static_cast<uint8_t>(Rule::variant(h));         \
+#define FUSEDOPT_VARIANT(Rule)                                      \
+  case RuleId::k##Rule: {                                           \
+    Rule::Hyper h;                                                  \
+    std::memcpy(&h, hyper, sizeof h);                               \
+    row->variant = static_cast<uint8_t>(Rule::variant(h));          \
     row->states = static_cast<uint8_t>(Rule::states(row->variant)); \
-    return;                                                        \
+    return;                                                         \
   }
     FUSEDOPT_RULES(FUSEDOPT_VARIANT)
 #undef FUSEDOPT_VARIANT
@@ -296,7 +296,8 @@ bool Plan::read_state(PyObject* param, StateIndex::Slot* slot, Operands* operand
       row->first = 1;
     }
     const int operand = kState0 + k;
-    if (!read_operand(tensor, operand, &operands->view[operand], &row->dtype[operand])) return false;
+    if (!read_operand(tensor, operand, &operands->view[operand], &row->dtype[operand]))
+      return false;
   }
   if (has_step_) read_step(values[state_keys_.size() - 1], slot->state, param, row);
   return true;
@@ -316,7 +317,8 @@ void Plan::read_step(PyObject* step, PyObject* state, PyObject* param, Row* row)
     Ref::checked(PyObject_CallMethod(host_, "normalise_step", "O", state));
     step = PyDict_GetItemWithError(state, key);
     if (step == nullptr || !good())
-      raise(PyExc_TypeError, "the step of " + where() + " must be a number or a one-element tensor");
+      raise(PyExc_TypeError,
+            "the step of " + where() + " must be a number or a one-element tensor");
   }
   row->step = static_cast<float*>(view.dl.data);
 }

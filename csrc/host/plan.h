@@ -48,8 +48,9 @@ class Plan {
 
   // Builds the table. `host` is called for what is rare:
   //   new_state(param, key) -> tensor          state that is missing
-  //   resolve(tensor, role, group, index)      a plain tensor for a complex, sparse, ... one, or None
-  //   normalise_step(state)                    replaces state["step"] by a 0-dim CPU float32 tensor
+  //   resolve(tensor, role, group, index)      a plain tensor for a complex, sparse, ... one, or
+  //   None normalise_step(state)                    replaces state["step"] by a 0-dim CPU float32
+  //   tensor
   // Returns "" or the reason why the native drivers cannot serve these tensors. On a reason or an
   // exception nothing has changed.
   std::string refresh(PyObject* param_groups, PyObject* state, PyObject* host);

@@ -36,8 +36,8 @@ struct DirectFunctions {
   int64_t tensor_offset;  // of the at::Tensor in the Python object, bytes
   void (*to_dlpack)(const void* tensor, dlpack::Tensor* out);  // at::toDLPackNonOwning
   const void* (*grad)(const void* tensor_impl);                // c10::TensorImpl::grad
-  void (*bump_version)(const void* tensor);                    // torch::autograd::impl::bump_version
-  const void* undefined_impl;                                  // the TensorImpl of "no tensor"
+  void (*bump_version)(const void* tensor);  // torch::autograd::impl::bump_version
+  const void* undefined_impl;                // the TensorImpl of "no tensor"
 };
 
 // The gradient of a param: none, a libtorch tensor (direct), or a Python object.

@@ -8,7 +8,8 @@
 // gradient, g = g + weight_decay p (Adam).
 //
 // Kingma and Ba, Adam, https://arxiv.org/abs/1412.6980; Loshchilov and Hutter, AdamW,
-// https://arxiv.org/abs/1711.05101; Reddi et al., AMSGrad, https://openreview.net/forum?id=ryQu7f-RZ.
+// https://arxiv.org/abs/1711.05101; Reddi et al., AMSGrad,
+// https://openreview.net/forum?id=ryQu7f-RZ.
 #pragma once
 
 #include "rules/rule.h"
@@ -17,8 +18,8 @@ namespace fusedopt {
 
 struct AdamW {
   static constexpr const char* kName = "adamw";
-  static constexpr const char* kHyperNames[] = {"lr",           "betas[2]", "eps",
-                                                "weight_decay", "amsgrad",  "decoupled_weight_decay"};
+  static constexpr const char* kHyperNames[] = {
+      "lr", "betas[2]", "eps", "weight_decay", "amsgrad", "decoupled_weight_decay"};
   static constexpr const char* kStateNames[] = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq"};
   static constexpr bool kHasStep = true;
   static constexpr int kVariants = 4;  // amsgrad + 2 coupled

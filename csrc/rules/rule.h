@@ -6,11 +6,11 @@
 //
 //   struct MyRule {
 //     static constexpr const char* kName;            // as the Python class names it
-//     static constexpr const char* kHyperNames[];    // keys of the param group; "betas[2]" is a pair
-//     static constexpr const char* kStateNames[];    // keys of the param's state, at most kMaxStates
-//     static constexpr bool kHasStep;                // whether the state has a step count
-//     struct Hyper { double ...; };                  // in the order of kHyperNames
-//     static constexpr int kVariants;                // loops that are compiled apart, 0 to kVariants - 1
+//     static constexpr const char* kHyperNames[];    // keys of the param group; "betas[2]" is a
+//     pair static constexpr const char* kStateNames[];    // keys of the param's state, at most
+//     kMaxStates static constexpr bool kHasStep;                // whether the state has a step
+//     count struct Hyper { double ...; };                  // in the order of kHyperNames static
+//     constexpr int kVariants;                // loops that are compiled apart, 0 to kVariants - 1
 //     static int variant(const Hyper&);              // the one for these hyperparameters
 //     static constexpr int states(int variant);      // how many states it uses
 //     template <class T> struct Scalars { T ...; };  // what each element uses; members of T alone
@@ -21,9 +21,9 @@
 //
 // T is float, or double for float64 params. `step` counts from 1; `first` says that the state was
 // created for this step. Use fma() where a fused multiply-add is meant: contraction is switched
-// off, so that CPU and CUDA agree bit for bit. Switch a term off by choosing its operand, select(on,
-// param, 0): multiplying with zero would make a NaN of an infinity, and a choice between two
-// computed values keeps g++ from vectorising the loop.
+// off, so that CPU and CUDA agree bit for bit. Switch a term off by choosing its operand,
+// select(on, param, 0): multiplying with zero would make a NaN of an infinity, and a choice between
+// two computed values keeps g++ from vectorising the loop.
 #pragma once
 
 #include <cmath>

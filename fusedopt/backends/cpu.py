@@ -32,7 +32,7 @@ def step(optimizer: FusedOptimizer, request: Request) -> str:
     needs_norm = request.needs_norm
     squared_norm = -1.0
     if needs_norm and request.process_group is not None:
-        local = torch.tensor(plan.squared_norm(threads), dtype=torch.float64)
+        local = torch.tensor(plan.squared_norm(threads), dtype=torch.float64, device="cpu")
         squared_norm = float(all_reduce_sum(local, request.process_group))
     max_norm, clip_value = request.max_grad_norm, request.clip_grad_value
     scale, found_inf = request.grad_scale, request.found_inf

@@ -1,7 +1,7 @@
 """Plain torch ops, on any device: the fallback of the kernels, and the tests' second voice.
 
-It shares no code with the C++ drivers. Elements are widened to float32 (float64 where any tensor of the
-row is float64), updated by the rule's own `update`, and rounded once on the way back.
+It shares no code with the C++ drivers. Elements are widened to float32 (float64 where any tensor of
+the row is float64), updated by the rule's own `update`, and rounded once on the way back.
 """
 
 from __future__ import annotations
