@@ -126,6 +126,7 @@ bool Plan::refuse(const std::string& reason) {
 }
 
 void Plan::clear() {
+  candidates_.clear();
   rows_.clear();
   groups_.clear();
   layouts_.clear();
@@ -183,21 +184,78 @@ bool Plan::build(PyObject* param_groups) {
     read_group(values, g);
   }
   index_.build(state_, total);
+  candidates_.reserve(total);
   rows_.reserve(total);
   params_.reserve(total);
+  find_candidates(lists);
+  if (!find_states()) return false;
+  for (size_t c = 0; c < candidates_.size(); ++c) {
+    prefetch(c);
+    group_index_ = candidates_[c].group;
+    param_index_ = candidates_[c].index;
+    if (!add_row(&candidates_[c])) return false;
+  }
+  candidates_.clear();
+  return true;
+}
 
-  for (size_t g = 0; g < count; ++g) {
+// After a model's forward and backward pass nothing of a small tensor is in the cache, and a step
+// over many of them waits for memory: one object after the other, unless it asks ahead.
+void Plan::find_candidates(const std::vector<Ref>& lists) {
+  constexpr Py_ssize_t kAhead = 8;
+  const TensorAccess& access = TensorAccess::instance();
+  for (size_t g = 0; g < lists.size(); ++g) {
     group_index_ = g;
-    for (Py_ssize_t j = 0; j < PySequence_Fast_GET_SIZE(lists[g].get()); ++j) {
-      PyObject* param = PySequence_Fast_GET_ITEM(lists[g].get(), j);
+    PyObject** params = PySequence_Fast_ITEMS(lists[g].get());
+    const Py_ssize_t count = PySequence_Fast_GET_SIZE(lists[g].get());
+    for (Py_ssize_t j = 0; j < count; ++j) {
+      if (j + 2 * kAhead < count) access.prefetch_object(params[j + 2 * kAhead]);
+      if (j + kAhead < count && access.is_plain(params[j + kAhead]))
+        access.prefetch_impl(params[j + kAhead]);
       param_index_ = static_cast<size_t>(j);
-      if (!access.is_tensor(param))
-        raise(PyExc_TypeError, where() + " must be a torch.Tensor, got " + repr(param));
-      GradRef grad = access.grad(param);
-      if (!grad.none() && !add_row(param, std::move(grad), g)) return false;
+      if (!access.is_tensor(params[j]))
+        raise(PyExc_TypeError, where() + " must be a torch.Tensor, got " + repr(params[j]));
+      GradRef grad = access.grad(params[j]);
+      if (!grad.none())
+        candidates_.push_back({params[j], std::move(grad), g, param_index_, nullptr, {}});
     }
   }
+}
+
+bool Plan::find_states() {
+  constexpr size_t kAhead = 8;
+  for (size_t c = 0; c < candidates_.size(); ++c) {
+    if (c + kAhead < candidates_.size()) {
+      StateIndex::Slot* ahead = &index_.find(candidates_[c + kAhead].param);
+      if (ahead->state != nullptr) __builtin_prefetch(ahead->state);
+    }
+    Candidate& candidate = candidates_[c];
+    group_index_ = candidate.group;
+    param_index_ = candidate.index;
+    candidate.slot = &index_.find(candidate.param);
+    if (candidate.slot->visited) return refuse(where() + " appears twice among the params");
+    candidate.slot->visited = true;
+    PyObject* state = candidate.slot->state;
+    if (state == nullptr) continue;
+    if (!PyDict_Check(state)) raise(PyExc_TypeError, "the state of " + where() + " must be a dict");
+    state_reader_.read(state, candidate.state);
+  }
   return true;
+}
+
+void Plan::prefetch(size_t c) const {
+  constexpr size_t kAhead = 3;
+  const TensorAccess& access = TensorAccess::instance();
+  if (c + 2 * kAhead < candidates_.size()) {
+    const Candidate& far = candidates_[c + 2 * kAhead];
+    access.prefetch_impl(far.grad);
+    for (PyObject* tensor : far.state)
+      if (tensor != nullptr) access.prefetch_object(tensor);
+  }
+  if (c + kAhead < candidates_.size()) {
+    for (PyObject* tensor : candidates_[c + kAhead].state)
+      if (tensor != nullptr && access.is_plain(tensor)) access.prefetch_impl(tensor);
+  }
 }
 
 void Plan::read_group(PyObject* const* values, size_t index) {
@@ -277,29 +335,25 @@ PyObject* Plan::create(PyObject* state, PyObject* param, PyObject* key) {
   return value.get();  // the dict holds it
 }
 
-bool Plan::read_state(PyObject* param, StateIndex::Slot* slot, Operands* operands, Row* row) {
+bool Plan::read_state(const Candidate& candidate, Operands* operands, Row* row) {
   if (row->states == 0 && !has_step_) return true;
-  if (slot->state == nullptr) {
+  PyObject* state = candidate.slot->state;
+  if (state == nullptr) {
     const Ref fresh = Ref::checked(PyDict_New());
-    if (PyObject_SetItem(state_, param, fresh.get()) != 0) throw PythonError{};
-    created_.push_back({Ref::borrow(state_), Ref::borrow(param)});
-    slot->state = fresh.get();
+    if (PyObject_SetItem(state_, candidate.param, fresh.get()) != 0) throw PythonError{};
+    created_.push_back({Ref::borrow(state_), Ref::borrow(candidate.param)});
+    state = candidate.slot->state = fresh.get();
   }
-  if (!PyDict_Check(slot->state))
-    raise(PyExc_TypeError, "the state of " + where() + " must be a dict");
-  PyObject* values[kMaxStates + 1];
-  state_reader_.read(slot->state, values);
   for (int k = 0; k < row->states; ++k) {
-    PyObject* tensor = values[k];
+    PyObject* tensor = candidate.state[k];
     if (tensor == nullptr || tensor == Py_None) {
-      tensor = create(slot->state, param, state_keys_[k]);
+      tensor = create(state, candidate.param, state_keys_[k]);
       row->first = 1;
     }
     const int operand = kState0 + k;
-    if (!read_operand(tensor, operand, &operands->view[operand], &row->dtype[operand]))
-      return false;
+    if (!read_operand(tensor, operand, &operands->view[operand], &row->dtype[operand])) return false;
   }
-  if (has_step_) read_step(values[state_keys_.size() - 1], slot->state, param, row);
+  if (has_step_) read_step(candidate.state[state_keys_.size() - 1], state, candidate.param, row);
   return true;
 }
 
@@ -323,17 +377,15 @@ void Plan::read_step(PyObject* step, PyObject* state, PyObject* param, Row* row)
   row->step = static_cast<float*>(view.dl.data);
 }
 
-bool Plan::add_row(PyObject* param, GradRef grad, size_t group) {
+bool Plan::add_row(Candidate* candidate) {
+  PyObject* param = candidate->param;
   Row row{};
-  row.group = static_cast<int32_t>(group);
-  choose_variant(rule_, groups_[group].hyper, &row);
+  row.group = static_cast<int32_t>(candidate->group);
+  choose_variant(rule_, groups_[candidate->group].hyper, &row);
   Operands operands;
-  StateIndex::Slot* slot = &index_.find(param);
-  if (slot->visited) return refuse(where() + " appears twice among the params");
-  slot->visited = true;
   if (!read_operand(param, kParam, &operands.view[kParam], &row.dtype[kParam]) ||
-      !read_grad(param, std::move(grad), &operands, &row.dtype[kGrad]) ||
-      !read_state(param, slot, &operands, &row) ||
+      !read_grad(param, std::move(candidate->grad), &operands, &row.dtype[kGrad]) ||
+      !read_state(*candidate, &operands, &row) ||
       !place(&operands, kState0 + row.states, param, &row))
     return false;
   if (operands.grad) alive_.push_back(std::move(operands.grad));

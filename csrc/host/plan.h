@@ -75,6 +75,14 @@ class Plan {
     PyObject* name;
     int count;
   };
+  // A param that has a gradient in this step, on its way to becoming a row.
+  struct Candidate {
+    PyObject* param;
+    GradRef grad;
+    size_t group, index;
+    StateIndex::Slot* slot;
+    PyObject* state[kMaxStates + 1];  // as state_keys_; borrowed, null where missing
+  };
   struct Created {
     Ref dict;
     Ref key;
@@ -84,10 +92,13 @@ class Plan {
   void check_idle() const;
   bool build(PyObject* param_groups);
   void read_group(PyObject* const* values, size_t index);
-  bool add_row(PyObject* param, GradRef grad, size_t group);
+  void find_candidates(const std::vector<Ref>& lists);
+  bool find_states();
+  void prefetch(size_t candidate) const;
+  bool add_row(Candidate* candidate);
   bool read_operand(PyObject* object, int operand, TensorView* view, DType* dtype);
   bool read_grad(PyObject* param, GradRef grad, Operands* operands, DType* dtype);
-  bool read_state(PyObject* param, StateIndex::Slot* slot, Operands* operands, Row* row);
+  bool read_state(const Candidate& candidate, Operands* operands, Row* row);
   PyObject* create(PyObject* state, PyObject* param, PyObject* key);
   void read_step(PyObject* step, PyObject* state, PyObject* param, Row* row);
   bool place(Operands* operands, int count, PyObject* param, Row* row);
@@ -104,6 +115,7 @@ class Plan {
   DictReader group_reader_;            // "params", "maximize", the hyperparameters
   DictReader state_reader_;
 
+  std::vector<Candidate> candidates_;
   std::vector<Row> rows_;
   std::vector<Group> groups_;
   std::vector<Layout> layouts_;

@@ -82,6 +82,16 @@ class TensorAccess {
   }
   GradRef grad(PyObject* param) const;
   static Ref grad_object(PyObject* param);
+  // Hints: bring the Python object into the cache; then, a few tensors later, the TensorImpl that it
+  // points to; then its storage. Each step reads what the one before has brought.
+  void prefetch_object(PyObject* tensor) const { __builtin_prefetch(tensor); }
+  void prefetch_impl(PyObject* tensor) const {
+    if (way_ == Way::kDirect) prefetch_impl_of(tensor_in(tensor));
+  }
+  void prefetch_impl(const GradRef& grad) const {
+    if (grad.tensor != nullptr) prefetch_impl_of(grad.tensor);
+  }
+
   void bump_versions(const std::vector<PyObject*>& tensors) const;
 
  private:
@@ -92,6 +102,10 @@ class TensorAccess {
   }
   void check_tensor(PyObject* object) const {
     if (!is_tensor(object)) raise(PyExc_TypeError, "expected a torch.Tensor, got " + repr(object));
+  }
+  static void prefetch_impl_of(const void* tensor) {
+    const char* impl = *static_cast<const char* const*>(tensor);
+    for (int line = 0; line < 3; ++line) __builtin_prefetch(impl + 64 * line);
   }
   bool read_direct(const void* tensor, TensorView* out) const;
   bool read_object(PyObject* tensor, TensorView* out) const;
