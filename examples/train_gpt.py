@@ -1,0 +1,173 @@
+"""Train a small GPT on the source of Python's standard library with a fused optimizer.
+
+    python examples/train_gpt.py --out runs/train_gpt
+
+The same model is first trained for some steps with torch.optim and clip_grad_norm_, from the same
+seed: the two loss curves have to agree, and the time that each optimizer takes is compared. A run
+that was killed goes on bitwise with ``--resume``. ``--out`` receives checkpoint.pt, report.json
+and report.png.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Literal
+
+import gpt_report
+import torch
+import typer
+from gpt_data import Corpus, load_corpus
+from gpt_model import SIZES
+from gpt_trainer import Options, Trainer, load_checkpoint, save_checkpoint
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+READ_EVERY_S = 0.5
+VALIDATIONS = 5
+INTERLEAVED_ROUNDS = 30
+WARM_UP_ROUNDS = 3
+SAMPLE_BYTES = 400
+PROMPT = b"def "
+
+console = Console()
+
+
+def train(
+    trainer: Trainer,
+    until: int,
+    checkpoint_every: int = 1,
+    save: Callable[[], None] | None = None,
+) -> None:
+    """Train to step ``until`` under a progress bar; call ``save`` at checkpoints and at the end.
+
+    The reference validates nothing and saves nothing: it only has a loss curve to give.
+    """
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=8),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[status]}"),
+    )
+    validate_every = max(1, trainer.options.steps // VALIDATIONS)
+    last_read = time.perf_counter()
+    with Progress(*columns, console=console) as progress:
+        label = "torch.optim" if trainer.reference else "fusedopt"
+        bar = progress.add_task(label, total=until, completed=trainer.step, status="")
+        while trainer.step < until:
+            trainer.train_step()
+            done = trainer.step == until
+            # Reading waits for a GPU, so it is rare: between reads the host runs ahead.
+            if done or time.perf_counter() - last_read > READ_EVERY_S:
+                trainer.read()
+                last_read = time.perf_counter()
+                progress.update(bar, completed=trainer.step, status=gpt_report.status(trainer))
+            if save is None:
+                continue
+            if done or trainer.step % validate_every == 0:
+                loss = trainer.validate()
+                progress.print(f"step {trainer.step}: validation loss {loss:.3f} nats/byte")
+            if done or trainer.step % checkpoint_every == 0:
+                save()
+
+
+def train_reference(options: Options, corpus: Corpus) -> dict | None:
+    """Train the first steps with torch's optimizer; returns its name and history."""
+    if options.compare_steps == 0:
+        return None
+    reference = Trainer(options, corpus, reference=True)
+    train(reference, min(options.compare_steps, options.steps))
+    return {"optimizer": reference.name, **reference.history}
+
+
+def time_interleaved(trained: Trainer) -> dict[str, list[float]]:
+    """Optimizer milliseconds of both optimizers in turns, on the trained model's gradients.
+
+    Both continue from the final weights and state, each with its own forward and backward pass
+    before each step, so caches and queues are as they are in training. In turns (ABBA), because
+    on a shared machine only neighbours in time can be compared.
+    """
+    reference = Trainer(trained.options, trained.corpus, reference=True)
+    reference.model.load_state_dict(trained.model.state_dict())
+    # The state alone: the groups of the other optimizer would switch fused=True off.
+    state = reference.optimizer.state_dict()
+    state["state"] = trained.optimizer.state_dict()["state"]
+    reference.optimizer.load_state_dict(state)
+    contestants = {"torch": reference, "fusedopt": trained}
+    times: dict[str, list[float]] = {name: [] for name in contestants}
+    for turn in range(WARM_UP_ROUNDS + INTERLEAVED_ROUNDS):
+        for name in list(contestants) if turn % 2 else reversed(contestants):
+            milliseconds = contestants[name].timed_update(trained.options.steps + turn)
+            if turn >= WARM_UP_ROUNDS:
+                times[name].append(milliseconds)
+    return times
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="Folder for the checkpoint and the report.")],
+    size: Annotated[Literal[tuple(SIZES)], typer.Option(help="Size of the model.")] = "tiny",
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+    dtype: Annotated[
+        Literal["float32", "bfloat16"], typer.Option(help="Of params, gradients and moments.")
+    ] = "float32",
+    optimizer: Annotated[
+        Literal["adamw", "sgd"],
+        typer.Option(help="adamw with a cosine schedule, or sgd with OneCycleLR."),
+    ] = "adamw",
+    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 700,
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences a step.")] = 8,
+    compare_steps: Annotated[
+        int, typer.Option(min=0, help="Steps trained with torch.optim to compare; 0: none.")
+    ] = 100,
+    seed: Annotated[int, typer.Option(min=0, help="Of weights, batches and sample.")] = 0,
+    checkpoint_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 100,
+    resume: Annotated[bool, typer.Option(help="Continue from the checkpoint in --out.")] = False,
+) -> None:
+    """Train a small GPT on Python's standard library, and compare with torch.optim.
+
+    Exits with 1 when the loss curves of float32 AdamW differ by more than 1e-3.
+    """
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise typer.BadParameter("torch finds no usable GPU here", param_hint="--device")
+    options = Options(size, device, dtype, optimizer, steps, batch_size, compare_steps, seed)
+    corpus = load_corpus()
+    trainer = Trainer(options, corpus)
+    gpt_report.print_header(console, trainer)
+    path = out / "checkpoint.pt"
+    if resume and path.exists():
+        state = load_checkpoint(path)
+        try:
+            trainer.load_state_dict(state)
+        except ValueError as error:
+            raise typer.BadParameter(str(error), param_hint="--resume") from None
+        reference = state["reference"]
+        console.print(f"resuming at step {trainer.step} of {steps}")
+    else:
+        if resume:
+            console.print(f"no checkpoint in {out}: starting at step 0")
+        out.mkdir(parents=True, exist_ok=True)
+        reference = train_reference(options, corpus)
+
+    def save() -> None:
+        save_checkpoint(path, {**trainer.state_dict(), "reference": reference})
+
+    if trainer.step == 0:
+        save()
+    train(trainer, steps, checkpoint_every, save)
+
+    sample = trainer.model.generate(PROMPT, SAMPLE_BYTES, seed)
+    interleaved = time_interleaved(trainer) if reference else None
+    report = gpt_report.build(trainer, reference, interleaved, sample)
+    gpt_report.write(out, report)
+    gpt_report.print_summary(console, report)
+    console.print(f"written to {out}: checkpoint.pt, report.json, report.png")
+    if reference and dtype == "float32" and optimizer == "adamw":
+        difference = report["comparison"]["largest_loss_difference"]
+        if not difference <= gpt_report.TOLERANCE:  # a NaN fails too
+            console.print("the two loss curves do not agree")
+            raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    typer.run(main)
