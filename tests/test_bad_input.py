@@ -277,14 +277,20 @@ def test_entry_points_fuzzed(name: str, data: st.DataObject) -> None:
     function, arity = ENTRY_POINTS[name]
     junk = st.sampled_from(JUNK)
     arguments = [data.draw(junk) for _ in range(arity)]
-    if name == "set_types" and arguments[0] is torch.Tensor:
-        return  # right input, which would change what the rest of the process takes for plain
     try:
         function(*arguments)
     except EXPECTED:
         pass
     finally:
         _PLAN.roll_back()
+
+
+@pytest.mark.parametrize("plain", [[], [torch.Tensor, int], [torch.nn.Parameter], 3])
+def test_set_types_refuses_what_is_not_torch(plain: Any) -> None:
+    with pytest.raises((TypeError, ValueError)):
+        _C.set_types(torch.Tensor, plain)
+    with pytest.raises(ValueError, match="plain must hold base"):
+        _C.set_types(type, [])
 
 
 @settings(max_examples=500, deadline=None)

@@ -29,6 +29,9 @@ void TensorAccess::use_python(PyObject* describe) {
 void TensorAccess::set_types(PyObject* base, PyObject* plain) {
   const Ref types = Ref::checked(PySequence_Tuple(plain));
   if (!PyType_Check(base)) raise(PyExc_TypeError, "base must be a class");
+  const int listed = PySequence_Contains(types.get(), base);
+  if (listed < 0) throw PythonError{};
+  if (listed == 0) raise(PyExc_ValueError, "plain must hold base, too");
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(types.get()); ++i) {
     PyObject* type = PyTuple_GET_ITEM(types.get(), i);
     if (!PyType_Check(type) || !PyType_IsSubtype(reinterpret_cast<PyTypeObject*>(type),
