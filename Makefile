@@ -6,7 +6,7 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 NATIVE_SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
 
-.PHONY: train test bench lint format sanitize clean
+.PHONY: train test bench lint format sanitize mutate clean
 
 train: $(READY)
 	$(PY) examples/train_gpt.py --out runs/train_gpt
@@ -17,6 +17,10 @@ test: $(READY)
 bench: $(READY)
 	$(PY) bench/step.py
 	$(PY) bench/host.py
+
+# Broken copies of the C++ core must fail the tests.
+mutate: $(READY)
+	$(PY) tests/mutate.py
 
 # The C++ core under AddressSanitizer and UndefinedBehaviorSanitizer.
 sanitize: $(READY)

@@ -166,14 +166,16 @@ py::dict build_info() {
   return info;
 }
 
-void use_direct(int64_t tensor_offset, uintptr_t to_dlpack, uintptr_t grad, uintptr_t bump_version,
-                uintptr_t undefined_impl) {
-  if (tensor_offset <= 0 || to_dlpack == 0 || grad == 0 || bump_version == 0 || undefined_impl == 0)
+void use_direct(int64_t tensor_offset, uintptr_t to_dlpack, uintptr_t grad, uintptr_t is_neg,
+                uintptr_t bump_version, uintptr_t undefined_impl) {
+  if (tensor_offset <= 0 || to_dlpack == 0 || grad == 0 || is_neg == 0 || bump_version == 0 ||
+      undefined_impl == 0)
     throw py::value_error("use_direct takes a positive offset and addresses that are not null");
   host::DirectFunctions f;
   f.tensor_offset = tensor_offset;
   f.to_dlpack = reinterpret_cast<decltype(f.to_dlpack)>(to_dlpack);
   f.grad = reinterpret_cast<decltype(f.grad)>(grad);
+  f.is_neg = reinterpret_cast<decltype(f.is_neg)>(is_neg);
   f.bump_version = reinterpret_cast<decltype(f.bump_version)>(bump_version);
   f.undefined_impl = reinterpret_cast<const void*>(undefined_impl);
   TensorAccess::instance().use_direct(f);
@@ -236,7 +238,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("scale_", &scale, py::arg("tensors"), py::arg("coef"), py::arg("limit"),
         py::arg("threads"));
   m.def("use_direct", &use_direct, py::arg("tensor_offset"), py::arg("to_dlpack"), py::arg("grad"),
-        py::arg("bump_version"), py::arg("undefined_impl"));
+        py::arg("is_neg"), py::arg("bump_version"), py::arg("undefined_impl"));
   m.def(
       "use_dlpack",
       [](const py::object& capsule) {

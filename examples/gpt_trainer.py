@@ -10,12 +10,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-import fusedopt
 import gpt_data
 import torch
 from gpt_model import GPT, SIZES, param_groups
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
+
+import fusedopt
 
 MAX_GRAD_NORM = 1.0
 WEIGHT_DECAY = 0.1

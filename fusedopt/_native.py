@@ -40,6 +40,7 @@ _DEVICES = {"cpu": 1, "cuda": 2}
 # libtorch functions that the direct access calls: library, mangled name.
 _TO_DLPACK = ("torch_cpu", "_ZN2at17toDLPackNonOwningERKNS_6TensorEP8DLTensor")
 _GRAD = ("c10", "_ZNK3c1010TensorImpl4gradEv")
+_IS_NEG = ("torch_cpu", "_ZN2at6native6is_negERKNS_6TensorE")
 _BUMP_VERSION = ("torch_cpu", "_ZN5torch8autograd4impl12bump_versionERKN2at6TensorE")
 
 
@@ -83,6 +84,7 @@ def _samples() -> list[torch.Tensor]:
         torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16)),
         torch.nn.Parameter(torch.ones((), dtype=torch.float64)),
         torch.zeros(0, 5, dtype=torch.float16),
+        torch.tensor([1 + 2j]).conj().imag,  # lazily negated: no plain memory
     ]
 
 
@@ -95,7 +97,12 @@ def _use_direct(native: ModuleType) -> None:
     if not all(references) or len(undefined) != 1:
         raise RuntimeError("tensors without a gradient do not share one undefined tensor")
     native.use_direct(
-        offset, _address(*_TO_DLPACK), _address(*_GRAD), _address(*_BUMP_VERSION), undefined.pop()
+        offset,
+        _address(*_TO_DLPACK),
+        _address(*_GRAD),
+        _address(*_IS_NEG),
+        _address(*_BUMP_VERSION),
+        undefined.pop(),
     )
 
 

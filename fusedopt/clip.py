@@ -17,16 +17,34 @@ def _gradients(parameters: Tensor | Iterable[Tensor]) -> list[Tensor]:
     return [p.grad for p in params if p.grad is not None]
 
 
-def _native_norm(tensors: list[Tensor], norm_type: float) -> Tensor | None:
-    """The L2 norm by the C++ kernels, None where they do not serve."""
+def _native_norm(tensors: list[Tensor], norm_type: float) -> tuple[float, torch.dtype] | None:
+    """The L2 norm by the C++ kernels and the dtype to give it in, None where they do not serve."""
     if _C is None or norm_type != 2.0 or not tensors:
         return None
     result = _C.squared_norm(tensors, torch.get_num_threads())
     if isinstance(result, str):
         return None
     squares, any_float64 = result
-    dtype = torch.float64 if any_float64 else torch.float32
-    return torch.tensor(math.sqrt(squares), dtype=dtype, device="cpu")
+    return math.sqrt(squares), torch.float64 if any_float64 else torch.float32
+
+
+def _norm(
+    tensors: list[Tensor], norm_type: float, error_if_nonfinite: bool, foreach: bool | None
+) -> tuple[Tensor, float | None]:
+    """The total norm as a tensor, and in full precision where it was computed on the CPU: rounded
+    to float32, the norm of four elements of 3e38 would be infinite, and the clipped gradients 0."""
+    native = _native_norm(tensors, norm_type)
+    if native is None:
+        total = torch.nn.utils.get_total_norm(tensors, norm_type, error_if_nonfinite, foreach)
+        return total, float(total) if total.device.type == "cpu" else None
+    norm, dtype = native
+    if error_if_nonfinite and not math.isfinite(norm):
+        raise RuntimeError(
+            f"The total norm of order {norm_type} for gradients from `parameters` is "
+            "non-finite, so it cannot be clipped. To disable this error and scale the gradients "
+            "by the non-finite norm anyway, set `error_if_nonfinite=False`"
+        )
+    return torch.tensor(norm, dtype=dtype, device="cpu"), norm
 
 
 @torch.no_grad()
@@ -54,16 +72,7 @@ def get_total_norm(
         RuntimeError: a non-finite norm with error_if_nonfinite=True.
     """
     tensors = [tensors] if isinstance(tensors, Tensor) else list(tensors)
-    total = _native_norm(tensors, float(norm_type))
-    if total is None:
-        return torch.nn.utils.get_total_norm(tensors, norm_type, error_if_nonfinite, foreach)
-    if error_if_nonfinite and not total.isfinite():
-        raise RuntimeError(
-            f"The total norm of order {float(norm_type)} for gradients from `parameters` is "
-            "non-finite, so it cannot be clipped. To disable this error and scale the gradients "
-            "by the non-finite norm anyway, set `error_if_nonfinite=False`"
-        )
-    return total
+    return _norm(tensors, float(norm_type), error_if_nonfinite, foreach)[0]
 
 
 def _scale(grads: list[Tensor], coef: float, limit: float) -> bool:
@@ -97,8 +106,8 @@ def clip_grad_norm_(
     """
     grads = _gradients(parameters)
     max_norm = float(max_norm)
-    total = get_total_norm(grads, norm_type, error_if_nonfinite, foreach)
-    coef = max_norm / (float(total) + 1e-6) if total.device.type == "cpu" else None
+    total, norm = _norm(grads, float(norm_type), error_if_nonfinite, foreach)
+    coef = None if norm is None else max_norm / (norm + 1e-6)
     if coef is not None and coef >= 1:
         return total  # nothing to scale, nothing written
     if coef is None or not _scale(grads, coef, float("inf")):

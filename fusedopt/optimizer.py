@@ -20,8 +20,7 @@ from fusedopt.plan import Host
 from fusedopt.rule import Rule
 
 options_doc = """        maximize: maximize the objective.
-        capturable: accepted for drop-in use; every step of a GPU backend can be captured.
-        foreach, fused: accepted for drop-in use and without effect.
+        capturable, foreach, fused: accepted for drop-in use and without effect.
         differentiable: accepted for drop-in use; True raises RuntimeError.
         max_grad_norm: clip the gradients of all groups together to this L2 norm, as
             torch.nn.utils.clip_grad_norm_ before the step, but in registers: `.grad` is never
@@ -47,7 +46,7 @@ class FusedOptimizer(Optimizer):
 
     # Not part of a checkpoint or a copy: made anew where missing.
     _native_plan: Any = None
-    _backend_in_use: str | None = None
+    _backend_in_use: str | None = None  # which one served the last step
     _norm_tensor: Tensor | None = None
     _skipped_tensor: Tensor | None = None
 
@@ -66,7 +65,7 @@ class FusedOptimizer(Optimizer):
         checks.clip_options(max_grad_norm, clip_grad_value)
         if not isinstance(skip_nonfinite, bool):
             raise TypeError(f"skip_nonfinite must be a bool, got {skip_nonfinite!r}")
-        backends.candidates(backends.check_name(backend))
+        self._candidates = backends.candidates(backends.check_name(backend))
         self.max_grad_norm = max_grad_norm
         self.clip_grad_value = clip_grad_value
         self.skip_nonfinite = skip_nonfinite
@@ -127,25 +126,17 @@ class FusedOptimizer(Optimizer):
             getattr(self, "found_inf", None),
             self.process_group,
         )
-        if self._backend_in_use is None or backends.BACKENDS[self._backend_in_use].step(
-            self, request
-        ):
-            self._choose_backend(request)
-        return loss
-
-    _hooked_step = Optimizer.profile_hook_step(_step)
-    step.__signature__ = inspect.signature(_step)  # type: ignore[attr-defined]
-
-    def _choose_backend(self, request: backends.Request) -> None:
-        """Runs the step with the first backend that can serve these tensors."""
         reasons = []
-        for name, module in backends.candidates(backends.check_name(self.backend)):
+        for name, module in self._candidates:
             reason = module.step(self, request)
             if not reason:
                 self._backend_in_use = name
-                return
+                return loss
             reasons.append(f"{name}: {reason}")
         raise RuntimeError("no backend can serve this step; " + "; ".join(reasons))
+
+    _hooked_step = Optimizer.profile_hook_step(_step)
+    step.__signature__ = inspect.signature(_step)  # type: ignore[attr-defined]
 
     @property
     def grad_norm(self) -> Tensor | None:
@@ -163,7 +154,7 @@ class FusedOptimizer(Optimizer):
 
         A 0-dim int64 tensor on the params' device, the same tensor for each step.
         """
-        return self._skipped_buffer()
+        return self._skipped_buffer() if self._skipped_tensor is None else self._skipped_tensor
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -176,13 +167,16 @@ class FusedOptimizer(Optimizer):
         )
 
     def _norm_buffer(self, device: torch.device | str) -> Tensor:
-        if self._norm_tensor is None:
+        device = torch.device(device)
+        if self._norm_tensor is None or self._norm_tensor.device.type != device.type:
             self._norm_tensor = torch.zeros((), dtype=torch.float32, device=device)
         return self._norm_tensor
 
     def _skipped_buffer(self, device: torch.device | str = "cpu") -> Tensor:
         if self._skipped_tensor is None:
             self._skipped_tensor = torch.zeros((), dtype=torch.int64, device=device)
+        elif self._skipped_tensor.device.type != torch.device(device).type:
+            self._skipped_tensor = self._skipped_tensor.to(device)
         return self._skipped_tensor
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -209,6 +203,7 @@ class FusedOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._host = Host(self.rule)
+        self._candidates = backends.candidates(backends.check_name(self.backend))
         for group in self.param_groups:
             for name, default in self.defaults.items():
                 group.setdefault(name, default)

@@ -317,7 +317,9 @@ def test_refresh_fuzzed_inside_a_valid_group(
         _PLAN.roll_back()
 
 
-@pytest.mark.parametrize("arguments", list(itertools.product([0, 8], [0, 1], [0, 1], [0, 1], [0])))
+@pytest.mark.parametrize(
+    "arguments", list(itertools.product([0, 8], [0, 1], [0, 1], [0, 1], [0, 1], [0]))
+)
 def test_null_addresses_are_refused(arguments: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="addresses that are not null"):
         _C.use_direct(*arguments)

@@ -329,3 +329,10 @@ def test_clip_grad_norm_error_if_nonfinite() -> None:
 def test_the_norm_does_not_follow_the_default_device() -> None:
     with torch.device("meta"):
         assert fusedopt.get_total_norm([torch.ones(4, device="cpu")]) == 2
+
+
+def test_clipping_in_place_of_gradients_whose_norm_overflows_float32() -> None:
+    param = torch.nn.Parameter(torch.ones(4))
+    param.grad = torch.full((4,), 3e38)
+    assert fusedopt.clip_grad_norm_([param], 2.0, error_if_nonfinite=True).isinf()
+    torch.testing.assert_close(param.grad, torch.ones(4))

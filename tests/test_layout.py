@@ -140,6 +140,17 @@ def test_expanded_gradient_and_size_one_dims(case: Case, backend: str) -> None:
         check_against_oracle(case, optimizer, [param, twin, one])
 
 
+@pytest.mark.parametrize("shape", [(), (1,), (4, 3)])
+def test_negated_gradients_without_gaps(shape: tuple[int, ...], tensor_access: str) -> None:
+    values = torch.rand(shape, dtype=torch.complex64)
+    for grad in (torch._neg_view(torch.rand(shape)), values.conj().imag):
+        assert grad.is_neg()
+        param = torch.nn.Parameter(torch.zeros(shape))
+        param.grad = grad
+        fusedopt.FusedSGD([param], lr=1.0, backend="cpu").step()
+        assert torch.equal(param, -grad.resolve_neg())
+
+
 def test_lazily_negated_and_conjugated_gradients() -> None:
     real = [torch.nn.Parameter(torch.randn(5, 3)) for _ in range(2)]
     values = torch.randn(5, 3, dtype=torch.complex64)

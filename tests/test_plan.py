@@ -11,10 +11,8 @@ import torch
 
 import fusedopt
 from fusedopt import _native
-from fusedopt.adamw import ADAMW
 from fusedopt.rule import Rule
-from fusedopt.sgd import SGD
-from tests.cases import SHORT, Case, check_against_oracle, make_params, new_grads, signed
+from tests.cases import CASES, SHORT, Case, check_against_oracle, make_params, new_grads, signed
 
 _C = _native._C
 assert _C is not None
@@ -68,11 +66,11 @@ class Fake:
     _cdata = 12345
 
 
-@pytest.mark.parametrize("rule", [ADAMW, SGD], ids=lambda r: r.name)
+@pytest.mark.parametrize("rule", {c.fused.rule for c in CASES}, ids=lambda r: r.name)
 def test_python_and_cpp_agree_on_the_rules(rule: Rule) -> None:
     hyper, state, has_step = _C.rules()[rule.name]
     assert (tuple(hyper), tuple(state), has_step) == (rule.hyper, rule.state, rule.has_step)
-    assert set(_C.rules()) == {"adamw", "sgd"}
+    assert set(_C.rules()) == {c.fused.rule.name for c in CASES}
 
 
 def test_rows_that_lie_alike_are_flat() -> None:
@@ -166,3 +164,43 @@ def test_the_kernels_know_no_torch() -> None:
         if path.name != "bindings.cpp":
             assert "pybind11" not in text, path
     assert "import torch" not in re.sub(r'""".*?"""', "", (ROOT / "setup.py").read_text())
+
+
+def test_a_step_that_fails_late_takes_its_state_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    params = make_params([5], torch.float32)
+    optimizer = fusedopt.FusedAdamW(params, max_grad_norm=1.0, process_group=object())
+    with pytest.raises(Exception, match="."):  # no process group is initialised
+        optimizer.step()
+    assert not optimizer.state
+    optimizer.process_group = None
+    optimizer.step()
+    assert optimizer.state[params[0]]["step"] == 1
+
+
+def test_auto_returns_to_the_fast_backend() -> None:
+    params = make_params([5], torch.float32)
+    odd = torch.nn.Parameter(torch.ones(3, dtype=torch.float8_e4m3fn), requires_grad=False)
+    odd.grad = torch.ones(3, dtype=torch.float8_e4m3fn)
+    optimizer = fusedopt.FusedSGD([*params, odd], lr=0.5)
+    optimizer.step()
+    assert optimizer._backend_in_use == "reference"
+    assert (odd.float() == 0.5).all()
+    odd.grad = None
+    optimizer.step()
+    assert optimizer._backend_in_use == "cpu"
+
+
+def test_broken_step_counts() -> None:
+    params = make_params([5], torch.float32)
+    optimizer = fusedopt.FusedAdamW(params, backend="cpu")
+    optimizer.step()
+    step = optimizer.state[params[0]]["step"]
+    before = params[0].detach().clone()
+    for bad in (float("nan"), -1.0):
+        step.fill_(bad)
+        with pytest.raises(ValueError, match="the step of param_groups"):
+            optimizer.step()
+    assert torch.equal(params[0], before)
+    step.fill_(1e20)  # bias corrections are 1 long before
+    optimizer.step()
+    assert params[0].isfinite().all()

@@ -20,11 +20,12 @@ import typer
 EXAMPLES = Path(__file__).parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
-import fusedopt  # noqa: E402
 import gpt_data  # noqa: E402
 import gpt_trainer  # noqa: E402
 import train_gpt  # noqa: E402
 from gpt_model import GPT, SIZES, param_groups  # noqa: E402
+
+import fusedopt  # noqa: E402
 
 STEPS = 60
 COMMAND = (

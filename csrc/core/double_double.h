@@ -61,10 +61,11 @@ inline DoubleDouble square_root(DoubleDouble a) {
   return fast_sum(first, rest.high / (2 * first));
 }
 
-// 1 - base^n for a whole n >= 1, without the cancellation of that subtraction. With
-// a = 1 - base^i and b = 1 - base^j, 1 - base^(i + j) is a + b (1 - a), a sum of terms of one sign;
-// i and j run over the powers of two in n.
+// 1 - base^n for a whole n >= 1 and 0 <= base < 1, without the cancellation of that subtraction.
+// With a = 1 - base^i and b = 1 - base^j, 1 - base^(i + j) is a + b (1 - a), a sum of terms of one
+// sign; i and j run over the powers of two in n.
 inline DoubleDouble one_minus_power(double base, double n) {
+  if (!(n < 0x1p62)) return n != n ? n : 1.0;  // past int64
   DoubleDouble result = 0, power = DoubleDouble(1) - base;
   for (int64_t bits = static_cast<int64_t>(n); bits > 0; bits >>= 1) {
     if (bits & 1) result = result + power * (DoubleDouble(1) - result);

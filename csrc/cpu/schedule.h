@@ -1,6 +1,7 @@
 // Splits the rows of a step into chunks, and chunks into tasks that threads take in turn.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <vector>
 
@@ -8,18 +9,14 @@
 
 namespace fusedopt::cpu {
 
-// Below this many elements one thread is faster than waking the others.
-inline constexpr int64_t kSerialElements = 1 << 15;
-
 struct Schedule {
   std::vector<Chunk> chunks;
   std::vector<int32_t> task_ends;  // a task is a run of chunks of about kChunkElements in all
   int threads = 1;
 
   Schedule(const std::vector<Row>& rows, int max_threads) {
-    int64_t total = 0, open = 0;
+    int64_t open = 0;
     for (size_t r = 0; r < rows.size(); ++r) {
-      total += rows[r].numel;
       for (int64_t begin = 0; begin < rows[r].numel; begin += kChunkElements) {
         const int64_t count = std::min<int64_t>(kChunkElements, rows[r].numel - begin);
         if (open + count > kChunkElements) close_task(&open);
@@ -29,7 +26,7 @@ struct Schedule {
     }
     close_task(&open);
     const int tasks = static_cast<int>(std::min<size_t>(task_ends.size(), max_threads));
-    threads = total < kSerialElements ? 1 : std::max(tasks, 1);
+    threads = std::max(tasks, 1);  // a step of one task stays on the calling thread
   }
 
   // One pass: every task once, by whichever thread is free, last task first if reversed. All

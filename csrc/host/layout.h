@@ -21,10 +21,6 @@ inline bool all_contiguous(const TensorView* const* views, int count) {
   return true;
 }
 
-inline bool same_strides(const TensorView& a, const TensorView& b) {
-  return std::equal(a.dl.strides, a.dl.strides + a.dl.ndim, b.dl.strides);
-}
-
 // As torch's in-place operators: a dim of stride 0 surely overlaps.
 inline bool overlaps_itself(const TensorView& view) {
   for (int d = 0; d < view.dl.ndim; ++d)

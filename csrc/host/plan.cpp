@@ -195,7 +195,6 @@ bool Plan::build(PyObject* param_groups) {
     param_index_ = candidates_[c].index;
     if (!add_row(&candidates_[c])) return false;
   }
-  candidates_.clear();
   return true;
 }
 
@@ -238,7 +237,9 @@ bool Plan::find_states() {
     PyObject* state = candidate.slot->state;
     if (state == nullptr) continue;
     if (!PyDict_Check(state)) raise(PyExc_TypeError, "the state of " + where() + " must be a dict");
-    state_reader_.read(state, candidate.state);
+    PyObject* values[kMaxStates + 1];
+    state_reader_.read(state, values);
+    for (size_t k = 0; k < state_keys_.size(); ++k) candidate.state[k] = Ref::borrow(values[k]);
   }
   return true;
 }
@@ -249,12 +250,11 @@ void Plan::prefetch(size_t c) const {
   if (c + 2 * kAhead < candidates_.size()) {
     const Candidate& far = candidates_[c + 2 * kAhead];
     access.prefetch_impl(far.grad);
-    for (PyObject* tensor : far.state)
-      if (tensor != nullptr) access.prefetch_object(tensor);
+    for (const Ref& tensor : far.state) access.prefetch_object(tensor.get());
   }
   if (c + kAhead < candidates_.size()) {
-    for (PyObject* tensor : candidates_[c + kAhead].state)
-      if (tensor != nullptr && access.is_plain(tensor)) access.prefetch_impl(tensor);
+    for (const Ref& tensor : candidates_[c + kAhead].state)
+      if (tensor && access.is_plain(tensor.get())) access.prefetch_impl(tensor.get());
   }
 }
 
@@ -345,15 +345,17 @@ bool Plan::read_state(const Candidate& candidate, Operands* operands, Row* row) 
     state = candidate.slot->state = fresh.get();
   }
   for (int k = 0; k < row->states; ++k) {
-    PyObject* tensor = candidate.state[k];
+    PyObject* tensor = candidate.state[k].get();
     if (tensor == nullptr || tensor == Py_None) {
       tensor = create(state, candidate.param, state_keys_[k]);
       row->first = 1;
     }
     const int operand = kState0 + k;
-    if (!read_operand(tensor, operand, &operands->view[operand], &row->dtype[operand])) return false;
+    if (!read_operand(tensor, operand, &operands->view[operand], &row->dtype[operand]))
+      return false;
   }
-  if (has_step_) read_step(candidate.state[state_keys_.size() - 1], state, candidate.param, row);
+  if (has_step_)
+    read_step(candidate.state[state_keys_.size() - 1].get(), state, candidate.param, row);
   return true;
 }
 
@@ -375,6 +377,9 @@ void Plan::read_step(PyObject* step, PyObject* state, PyObject* param, Row* row)
             "the step of " + where() + " must be a number or a one-element tensor");
   }
   row->step = static_cast<float*>(view.dl.data);
+  if (!(*row->step >= 0))
+    raise(PyExc_ValueError,
+          "the step of " + where() + " must be a number >= 0, got " + std::to_string(*row->step));
 }
 
 bool Plan::add_row(Candidate* candidate) {
@@ -385,8 +390,7 @@ bool Plan::add_row(Candidate* candidate) {
   Operands operands;
   if (!read_operand(param, kParam, &operands.view[kParam], &row.dtype[kParam]) ||
       !read_grad(param, std::move(candidate->grad), &operands, &row.dtype[kGrad]) ||
-      !read_state(*candidate, &operands, &row) ||
-      !place(&operands, kState0 + row.states, param, &row))
+      !read_state(*candidate, &operands, &row) || !place(operands, kState0 + row.states, &row))
     return false;
   if (operands.grad) alive_.push_back(std::move(operands.grad));
   elements_ += row.numel;
@@ -396,28 +400,20 @@ bool Plan::add_row(Candidate* candidate) {
 }
 
 // Checks the operands against each other, and finds the order in which to walk them.
-bool Plan::place(Operands* operands, int count, PyObject* param, Row* row) {
+bool Plan::place(const Operands& operands, int count, Row* row) {
   const TensorView* views[kOperands];
   for (int k = 0; k < count; ++k) {
-    const TensorView& view = operands->view[k];
+    const TensorView& view = operands.view[k];
     views[k] = &view;
     if (view.dl.device.type != dlpack::kCPU) return refuse(where() + " is not on the CPU");
-    if (!same_shape(view, operands->view[kParam]))
+    if (!same_shape(view, operands.view[kParam]))
       raise(PyExc_ValueError, "the " + role(k) + " of " + where() + " has shape " +
                                   shape_text(view) + ", expected " +
-                                  shape_text(operands->view[kParam]));
+                                  shape_text(operands.view[kParam]));
   }
   row->numel = views[kParam]->numel();
   row->layout = kFlat;
   const bool contiguous = row->numel == 0 || all_contiguous(views, count);
-  if (!contiguous && !operands->grad && !same_strides(*views[kParam], *views[kGrad])) {
-    // A lazily negated gradient has strides of its own; only Python sees the negation.
-    Ref plain = resolve(TensorAccess::grad_object(param).get(), kGrad);
-    if (plain.get() == Py_None ||
-        !TensorAccess::instance().read(plain.get(), &operands->view[kGrad]))
-      return refuse("the grad of " + where() + " cannot be described");
-    alive_.push_back(std::move(plain));
-  }
   for (int k = 0; k < count; ++k)
     row->data[k] = static_cast<char*>(views[k]->dl.data) + views[k]->dl.byte_offset;
   if (contiguous) return true;

@@ -46,13 +46,11 @@ class Plan {
  public:
   explicit Plan(const RuleKeys& keys);
 
-  // Builds the table. `host` is called for what is rare:
-  //   new_state(param, key) -> tensor          state that is missing
-  //   resolve(tensor, role, group, index)      a plain tensor for a complex, sparse, ... one, or
-  //   None normalise_step(state)                    replaces state["step"] by a 0-dim CPU float32
-  //   tensor
-  // Returns "" or the reason why the native drivers cannot serve these tensors. On a reason or an
-  // exception nothing has changed.
+  // Builds the table. `host` is called for what is rare: new_state(param, key) for state that is
+  // missing; resolve(tensor, role, group, index) for a plain tensor in place of a complex, sparse
+  // or otherwise odd one, or None; normalise_step(state) to replace state["step"] by a 0-dim
+  // float32 CPU tensor. Returns "" or the reason why the native drivers cannot serve these tensors.
+  // On a reason or an exception nothing has changed.
   std::string refresh(PyObject* param_groups, PyObject* state, PyObject* host);
 
   // Runs the step over the table and clears it; a skipped step undoes the state that refresh
@@ -81,7 +79,7 @@ class Plan {
     GradRef grad;
     size_t group, index;
     StateIndex::Slot* slot;
-    PyObject* state[kMaxStates + 1];  // as state_keys_; borrowed, null where missing
+    Ref state[kMaxStates + 1];  // as state_keys_; null where missing
   };
   struct Created {
     Ref dict;
@@ -101,7 +99,7 @@ class Plan {
   bool read_state(const Candidate& candidate, Operands* operands, Row* row);
   PyObject* create(PyObject* state, PyObject* param, PyObject* key);
   void read_step(PyObject* step, PyObject* state, PyObject* param, Row* row);
-  bool place(Operands* operands, int count, PyObject* param, Row* row);
+  bool place(const Operands& operands, int count, Row* row);
   Ref resolve(PyObject* tensor, int operand);
   std::string where() const;
   std::string role(int operand) const;

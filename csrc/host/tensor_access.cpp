@@ -66,7 +66,7 @@ const char* TensorAccess::name() const {
 bool TensorAccess::read_direct(const void* tensor, TensorView* out) const {
   try {
     direct_.to_dlpack(tensor, &out->dl);
-    return true;
+    return !direct_.is_neg(tensor);
   } catch (const std::exception&) {
     return false;  // a sparse or otherwise indescribable tensor: the caller resolves it
   }
@@ -74,9 +74,12 @@ bool TensorAccess::read_direct(const void* tensor, TensorView* out) const {
 
 bool TensorAccess::read_object(PyObject* tensor, TensorView* out) const {
   if (way_ == Way::kDlpack) {
-    if (api_->borrow(tensor, &out->dl) == 0) return true;
-    PyErr_Clear();  // as above
-    return false;
+    if (api_->borrow(tensor, &out->dl) != 0) {
+      PyErr_Clear();  // as above
+      return false;
+    }
+    static PyObject* const is_neg = interned("is_neg");
+    return Ref::checked(PyObject_CallMethodNoArgs(tensor, is_neg)).get() == Py_False;
   }
   if (!describe_) raise(PyExc_RuntimeError, "fusedopt was imported without its tensor access");
   const Ref described = Ref::checked(PyObject_CallOneArg(describe_.get(), tensor));

@@ -2,7 +2,7 @@
 //
 // Three ways, the fastest that works is used (times on one 2.5 GHz core):
 //   direct   25 ns  libtorch's own functions, found by name in the loaded library, called on the
-//                   at::Tensor inside the Python object. fusedopt/_access.py finds its offset and
+//                   at::Tensor inside the Python object. fusedopt/_native.py finds its offset and
 //                   checks every function against Python's view of real tensors before it is used.
 //   dlpack  130 ns  the C table torch.Tensor.__dlpack_c_exchange_api__ (torch >= 2.10)
 //   python    5 us  a Python function that returns pointer, dtype, device, shape and strides
@@ -36,6 +36,7 @@ struct DirectFunctions {
   int64_t tensor_offset;  // of the at::Tensor in the Python object, bytes
   void (*to_dlpack)(const void* tensor, dlpack::Tensor* out);  // at::toDLPackNonOwning
   const void* (*grad)(const void* tensor_impl);                // c10::TensorImpl::grad
+  bool (*is_neg)(const void* tensor);                          // at::native::is_neg
   void (*bump_version)(const void* tensor);  // torch::autograd::impl::bump_version
   const void* undefined_impl;                // the TensorImpl of "no tensor"
 };
@@ -71,7 +72,8 @@ class TensorAccess {
            (base_type_ != nullptr && PyType_IsSubtype(Py_TYPE(object), base_type_));
   }
 
-  // False, without a Python error, where the tensor has no plain strided memory to describe.
+  // False, without a Python error, where the tensor has no plain strided memory to describe, or
+  // memory that holds the negated values (Tensor.is_neg).
   // Raises TypeError for what is no tensor.
   bool read(PyObject* tensor, TensorView* out) const {
     check_tensor(tensor);
@@ -82,8 +84,8 @@ class TensorAccess {
   }
   GradRef grad(PyObject* param) const;
   static Ref grad_object(PyObject* param);
-  // Hints: bring the Python object into the cache; then, a few tensors later, the TensorImpl that it
-  // points to; then its storage. Each step reads what the one before has brought.
+  // Hints: bring the Python object into the cache; then, a few tensors later, the TensorImpl that
+  // it points to; then its storage. Each step reads what the one before has brought.
   void prefetch_object(PyObject* tensor) const { __builtin_prefetch(tensor); }
   void prefetch_impl(PyObject* tensor) const {
     if (way_ == Way::kDirect) prefetch_impl_of(tensor_in(tensor));

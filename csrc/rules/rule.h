@@ -4,20 +4,22 @@
 // same header is compiled into the CPU and the CUDA driver. To add an optimizer, write a struct
 // like AdamW (adamw.h), and add it to registry.h:
 //
+// clang-format off
 //   struct MyRule {
 //     static constexpr const char* kName;            // as the Python class names it
-//     static constexpr const char* kHyperNames[];    // keys of the param group; "betas[2]" is a
-//     pair static constexpr const char* kStateNames[];    // keys of the param's state, at most
-//     kMaxStates static constexpr bool kHasStep;                // whether the state has a step
-//     count struct Hyper { double ...; };                  // in the order of kHyperNames static
-//     constexpr int kVariants;                // loops that are compiled apart, 0 to kVariants - 1
-//     static int variant(const Hyper&);              // the one for these hyperparameters
+//     static constexpr const char* kHyperNames[];    // keys of the param group; "betas[2]": a pair
+//     static constexpr const char* kStateNames[];    // keys of the state, at most kMaxStates
+//     static constexpr bool kHasStep;                // whether the state has a step count
+//     struct Hyper { double ...; };                  // in the order of kHyperNames
+//     static constexpr int kVariants;                // loops that are compiled apart
+//     static int variant(const Hyper&);              // which one, from 0 to kVariants - 1
 //     static constexpr int states(int variant);      // how many states it uses
 //     template <class T> struct Scalars { T ...; };  // what each element uses; members of T alone
 //     static Scalars<double> prepare(const Hyper&, double step, bool first);  // once a tensor
 //     template <int kVariant, class T>               // one element, in registers
 //     static void update(T& param, T grad, T* state, const Scalars<T>&);
 //   };
+// clang-format on
 //
 // T is float, or double for float64 params. `step` counts from 1; `first` says that the state was
 // created for this step. Use fma() where a fused multiply-add is meant: contraction is switched

@@ -10,6 +10,7 @@ from fusedopt._native import _C, missing
 from fusedopt.distributed import all_reduce_sum
 
 if TYPE_CHECKING:
+    from fusedopt._C import Plan
     from fusedopt.backends import Request
     from fusedopt.optimizer import FusedOptimizer
 
@@ -28,6 +29,15 @@ def step(optimizer: FusedOptimizer, request: Request) -> str:
     reason: str = plan.refresh(optimizer.param_groups, optimizer.state, optimizer._host)
     if reason:
         return reason
+    try:
+        _apply(optimizer, request, plan)
+    except BaseException:
+        plan.roll_back()
+        raise
+    return ""
+
+
+def _apply(optimizer: FusedOptimizer, request: Request, plan: Plan) -> None:
     threads = torch.get_num_threads()
     needs_norm = request.needs_norm
     squared_norm = -1.0
@@ -48,4 +58,3 @@ def step(optimizer: FusedOptimizer, request: Request) -> str:
         optimizer._norm_buffer("cpu") if needs_norm else None,
         optimizer._skipped_buffer("cpu"),
     )
-    return ""
