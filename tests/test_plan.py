@@ -169,7 +169,7 @@ def test_the_kernels_know_no_torch() -> None:
 def test_a_step_that_fails_late_takes_its_state_back(monkeypatch: pytest.MonkeyPatch) -> None:
     params = make_params([5], torch.float32)
     optimizer = fusedopt.FusedAdamW(params, max_grad_norm=1.0, process_group=object())
-    with pytest.raises(Exception, match="."):  # no process group is initialised
+    with pytest.raises((ValueError, TypeError, AttributeError, RuntimeError)):  # no such group
         optimizer.step()
     assert not optimizer.state
     optimizer.process_group = None
