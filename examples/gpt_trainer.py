@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 
 MAX_GRAD_NORM = 1.0
-WEIGHT_DECAY = 0.1
+# Decoupled for AdamW; part of the gradient, so amplified by the momentum, for SGD.
+WEIGHT_DECAY = {"adamw": 0.1, "sgd": 1e-4}
 SGD_LR = 0.1
 WARM_UP = 0.1  # of all steps
 FINAL_LR = 0.1  # of the peak
@@ -103,7 +104,7 @@ class Trainer:
         torch.manual_seed(options.seed)
         self.model = GPT(SIZES[options.size]).to(self.device, getattr(torch, options.dtype))
         self.params = list(self.model.parameters())
-        groups = param_groups(self.model, WEIGHT_DECAY)
+        groups = param_groups(self.model, WEIGHT_DECAY[options.optimizer])
         self.optimizer, self.scheduler = make_optimizer(options, groups, reference)
         self.step = 0
         self.grad_norm = torch.zeros(())
