@@ -14,7 +14,7 @@ from statistics import median
 
 import gpt_plot
 import torch
-from gpt_trainer import Trainer, write_aside
+from gpt_trainer import Trainer, peak_lr, write_aside
 from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
@@ -111,6 +111,7 @@ def build(
 ) -> dict:
     """Collect the report, JSON-ready. Milliseconds, seconds, bytes and nats/byte throughout."""
     history, config = trainer.history, trainer.model.config
+    shape = ("layers", "heads", "width", "context", "vocab")
     step_ms = median(history["step_ms"])
     return {
         "figures": FIGURES,
@@ -119,7 +120,7 @@ def build(
         "commit": commit(),
         "options": asdict(trainer.options),
         "model": {
-            **asdict(config),
+            **{name: getattr(config, name) for name in shape},
             "params": sum(p.numel() for p in trainer.params),
             "tensors": len(trainer.params),
         },
@@ -132,6 +133,7 @@ def build(
         "training": {
             **history,
             "optimizer": trainer.name,
+            "peak_lr": peak_lr(trainer.options),
             "seconds": sum(history["step_ms"]) / 1e3,
             "median_step_ms": step_ms,
             "tokens_per_s": trainer.options.batch_size * config.context / step_ms * 1e3,

@@ -70,21 +70,27 @@ def cosine_with_warm_up(step: int, steps: int) -> float:
     return FINAL_LR + (1 - FINAL_LR) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+def peak_lr(options: Options) -> float:
+    """Return the largest learning rate of the schedule."""
+    return SGD_LR if options.optimizer == "sgd" else SIZES[options.size].lr
+
+
 def make_optimizer(
     options: Options, groups: list[dict], reference: bool
 ) -> tuple[torch.optim.Optimizer, LRScheduler]:
     """Build the optimizer (torch's own for the reference) and its learning rate schedule."""
+    lr = peak_lr(options)
     ours = {} if reference else {"max_grad_norm": MAX_GRAD_NORM}
     if options.optimizer == "sgd":
         # torch's fused SGD skips most elements of low-precision params on a CPU (torch 2.13).
         fused = options.dtype == "float32" or not options.device.startswith("cpu")
         kind = torch.optim.SGD if reference else fusedopt.FusedSGD
         theirs = {"fused": fused} if reference else {}
-        sgd = kind(groups, lr=SGD_LR, momentum=0.9, **ours, **theirs)
-        return sgd, OneCycleLR(sgd, max_lr=SGD_LR, total_steps=options.steps)
+        sgd = kind(groups, lr=lr, momentum=0.9, **ours, **theirs)
+        return sgd, OneCycleLR(sgd, max_lr=lr, total_steps=options.steps)
     kind = torch.optim.AdamW if reference else fusedopt.FusedAdamW
     theirs = {"fused": True} if reference else {}
-    adamw = kind(groups, lr=SIZES[options.size].lr, betas=(0.9, 0.95), **ours, **theirs)
+    adamw = kind(groups, lr=lr, betas=(0.9, 0.95), **ours, **theirs)
     return adamw, LambdaLR(adamw, lambda step: cosine_with_warm_up(step, options.steps))
 
 
