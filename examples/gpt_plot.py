@@ -30,7 +30,7 @@ def plot_compared(curves: Axes, difference: Axes, report: dict) -> None:
     difference.semilogy(steps, gaps, color=GREY, lw=1, label="difference")
     difference.axhline(comparison["tolerance"], color="black", lw=1, ls=":", label="tolerance")
     difference.set(title="Difference of the two", xlabel="step", ylabel="nats/byte (log scale)")
-    difference.legend(frameon=False, loc="center right")
+    difference.legend(frameon=False, loc="upper left", bbox_to_anchor=(0, 0.9))
 
 
 def plot_training(axes: Axes, report: dict) -> None:

@@ -14,7 +14,7 @@ from statistics import median
 
 import gpt_plot
 import torch
-from gpt_trainer import Trainer, write_aside
+from gpt_trainer import Trainer, peak_lr, write_aside
 from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
@@ -32,9 +32,12 @@ FIGURES = {
     "that are never trained on",
     "training.tokens_per_s": "batch_size x context / median step_ms; a token is a byte",
     "comparison.reference": "the first steps of the same training, from the same seed, with "
-    "torch.optim(fused=True) after torch.nn.utils.clip_grad_norm_",
+    "torch.optim after torch.nn.utils.clip_grad_norm_; fused=True, except for SGD of low-precision "
+    "params on a CPU, where that is wrong in torch 2.13",
     "comparison.largest_loss_difference": "between the two losses of the same step, nats/byte",
     "comparison.optimizer_share": "median optimizer_ms / median step_ms over the compared steps",
+    "comparison.training_ms": "median optimizer_ms over the compared steps, of two trainings one "
+    "after the other: where the machine has other work, only interleaved_ms can be compared",
     "comparison.interleaved_ms": "clipping and update in turns (ABBA), both continuing from the "
     "final weights and state, each after its own forward and backward pass; warm-up left out",
     "comparison.ratio": "median interleaved_ms of torch / median interleaved_ms of fusedopt",
@@ -43,7 +46,7 @@ FIGURES = {
 
 
 def machine(device: torch.device) -> dict:
-    """Describe the hardware: processor, cores, torch's threads, GPU."""
+    """Describe what the timings depend on: processor, cores, torch's threads, GPU."""
     info = Path("/proc/cpuinfo")
     names = info.read_text().split("\n") if info.exists() else []
     models = [line.split(":", 1)[1].strip() for line in names if line.startswith("model name")]
@@ -52,6 +55,7 @@ def machine(device: torch.device) -> dict:
         "processor": models[0] if models else platform.processor(),
         "cores": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
+        "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
     }
 
@@ -107,6 +111,7 @@ def build(
 ) -> dict:
     """Collect the report, JSON-ready. Milliseconds, seconds, bytes and nats/byte throughout."""
     history, config = trainer.history, trainer.model.config
+    shape = ("layers", "heads", "width", "context", "vocab")
     step_ms = median(history["step_ms"])
     return {
         "figures": FIGURES,
@@ -115,7 +120,7 @@ def build(
         "commit": commit(),
         "options": asdict(trainer.options),
         "model": {
-            **asdict(config),
+            **{name: getattr(config, name) for name in shape},
             "params": sum(p.numel() for p in trainer.params),
             "tensors": len(trainer.params),
         },
@@ -128,6 +133,7 @@ def build(
         "training": {
             **history,
             "optimizer": trainer.name,
+            "peak_lr": peak_lr(trainer.options),
             "seconds": sum(history["step_ms"]) / 1e3,
             "median_step_ms": step_ms,
             "tokens_per_s": trainer.options.batch_size * config.context / step_ms * 1e3,

@@ -19,7 +19,8 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 import fusedopt
 
 MAX_GRAD_NORM = 1.0
-WEIGHT_DECAY = 0.1
+# Decoupled for AdamW; part of the gradient, so amplified by the momentum, for SGD.
+WEIGHT_DECAY = {"adamw": 0.1, "sgd": 1e-4}
 SGD_LR = 0.1
 WARM_UP = 0.1  # of all steps
 FINAL_LR = 0.1  # of the peak
@@ -70,21 +71,27 @@ def cosine_with_warm_up(step: int, steps: int) -> float:
     return FINAL_LR + (1 - FINAL_LR) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+def peak_lr(options: Options) -> float:
+    """Return the largest learning rate of the schedule."""
+    return SGD_LR if options.optimizer == "sgd" else SIZES[options.size].lr
+
+
 def make_optimizer(
     options: Options, groups: list[dict], reference: bool
 ) -> tuple[torch.optim.Optimizer, LRScheduler]:
     """Build the optimizer (torch's own for the reference) and its learning rate schedule."""
+    lr = peak_lr(options)
     ours = {} if reference else {"max_grad_norm": MAX_GRAD_NORM}
     if options.optimizer == "sgd":
         # torch's fused SGD skips most elements of low-precision params on a CPU (torch 2.13).
         fused = options.dtype == "float32" or not options.device.startswith("cpu")
         kind = torch.optim.SGD if reference else fusedopt.FusedSGD
         theirs = {"fused": fused} if reference else {}
-        sgd = kind(groups, lr=SGD_LR, momentum=0.9, **ours, **theirs)
-        return sgd, OneCycleLR(sgd, max_lr=SGD_LR, total_steps=options.steps)
+        sgd = kind(groups, lr=lr, momentum=0.9, **ours, **theirs)
+        return sgd, OneCycleLR(sgd, max_lr=lr, total_steps=options.steps)
     kind = torch.optim.AdamW if reference else fusedopt.FusedAdamW
     theirs = {"fused": True} if reference else {}
-    adamw = kind(groups, lr=SIZES[options.size].lr, betas=(0.9, 0.95), **ours, **theirs)
+    adamw = kind(groups, lr=lr, betas=(0.9, 0.95), **ours, **theirs)
     return adamw, LambdaLR(adamw, lambda step: cosine_with_warm_up(step, options.steps))
 
 
@@ -104,7 +111,7 @@ class Trainer:
         torch.manual_seed(options.seed)
         self.model = GPT(SIZES[options.size]).to(self.device, getattr(torch, options.dtype))
         self.params = list(self.model.parameters())
-        groups = param_groups(self.model, WEIGHT_DECAY)
+        groups = param_groups(self.model, WEIGHT_DECAY[options.optimizer])
         self.optimizer, self.scheduler = make_optimizer(options, groups, reference)
         self.step = 0
         self.grad_norm = torch.zeros(())

@@ -6,6 +6,9 @@ The same model is first trained for some steps with torch.optim and clip_grad_no
 seed: the two loss curves have to agree, and the time that each optimizer takes is compared. A run
 that was killed goes on bitwise with ``--resume``. ``--out`` receives checkpoint.pt, report.json
 and report.png.
+
+On a CPU that has other work to do, set OMP_WAIT_POLICY=PASSIVE: otherwise each thread of torch that
+waits for another spins on the core that this other one needs, and a step takes ten times as long.
 """
 
 from __future__ import annotations
