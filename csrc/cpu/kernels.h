@@ -195,17 +195,48 @@ void update_chunk(const Row& row, const Layout* layout, int64_t begin, int64_t c
 
 // Sums of squares in double: exact squares of every 16- and 32-bit value, no overflow, and one
 // order of addition on every machine (eight lanes, four accumulators).
+constexpr int kLanes = 8;
 using f64x8 = double __attribute__((vector_size(64)));
+using f32x8 = float __attribute__((vector_size(32)));
+using u32x8 = uint32_t __attribute__((vector_size(32)));
+using u16x8 = uint16_t __attribute__((vector_size(16)));
+
+// Eight elements as doubles; spelled in vectors, because g++ would insert lane by lane.
+inline __attribute__((always_inline)) f64x8 load_lanes(const double* from) {
+  f64x8 x;
+  memcpy(&x, from, sizeof x);
+  return x;
+}
+
+inline __attribute__((always_inline)) f64x8 load_lanes(const float* from) {
+  f32x8 x;
+  memcpy(&x, from, sizeof x);
+  return __builtin_convertvector(x, f64x8);
+}
+
+inline __attribute__((always_inline)) f64x8 load_lanes(const bfloat16* from) {
+  u16x8 bits;
+  memcpy(&bits, from, sizeof bits);
+  const u32x8 high = __builtin_convertvector(bits, u32x8) << 16;
+  f32x8 x;
+  memcpy(&x, &high, sizeof x);
+  return __builtin_convertvector(x, f64x8);
+}
+
+inline __attribute__((always_inline)) f64x8 load_lanes(const float16* from) {
+  float wide[kLanes];
+  for (int lane = 0; lane < kLanes; ++lane) wide[lane] = widen(from[lane]);
+  return load_lanes(wide);
+}
 
 template <class G>
 double squares_run(const G* grad, int64_t count) {
-  constexpr int kLanes = 8, kAccumulators = 4, kStep = kLanes * kAccumulators;
+  constexpr int kAccumulators = 4, kStep = kLanes * kAccumulators;
   f64x8 sums[kAccumulators] = {};
   int64_t i = 0;
   for (; i + kStep <= count; i += kStep) {
     for (int a = 0; a < kAccumulators; ++a) {
-      f64x8 x;
-      for (int lane = 0; lane < kLanes; ++lane) x[lane] = widen(grad[i + a * kLanes + lane]);
+      const f64x8 x = load_lanes(grad + i + a * kLanes);
       sums[a] += x * x;
     }
   }
