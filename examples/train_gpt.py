@@ -118,7 +118,7 @@ def main(
         Literal["adamw", "sgd"],
         typer.Option(help="adamw with a cosine schedule, or sgd with OneCycleLR."),
     ] = "adamw",
-    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 700,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 600,
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences a step.")] = 8,
     compare_steps: Annotated[
         int, typer.Option(min=0, help="Steps trained with torch.optim to compare; 0: none.")
