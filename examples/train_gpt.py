@@ -28,10 +28,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 READ_EVERY_S = 0.5
-VALIDATIONS = 5
+VALIDATIONS = 4
 INTERLEAVED_ROUNDS = 30
 WARM_UP_ROUNDS = 3
-SAMPLE_BYTES = 400
+SAMPLE_BYTES = 300
 PROMPT = b"def "
 
 console = Console()
