@@ -86,30 +86,60 @@ void* scalar_memory(const py::object& tensor, const char* name, int code, int bi
   return view.dl.data;
 }
 
-py::tuple apply(Plan& plan, bool norm, double max_norm, double clip_value, double grad_scale,
-                bool found_inf, bool skip_nonfinite, double squared_norm, int threads,
-                const py::object& grad_norm, const py::object& skipped_steps) {
+// What the two ways to a step, Plan.step and Plan.apply, are told of it, and where the figures go.
+struct StepArguments {
+  StepArguments(bool norm, double max_norm, double clip_value, double grad_scale, bool found_inf,
+                bool skip_nonfinite, int threads, const py::object& grad_norm,
+                const py::object& skipped_steps) {
+    options.norm = norm;
+    options.max_norm = max_norm;
+    options.clip_value = clip_value;
+    options.grad_scale = grad_scale;
+    options.found_inf = found_inf;
+    options.skip_nonfinite = skip_nonfinite;
+    options.threads = checked_threads(threads);
+    if (!grad_norm.is_none())
+      norm_out = static_cast<float*>(scalar_memory(grad_norm, "grad_norm", dlpack::kFloat, 32));
+    if (!skipped_steps.is_none())
+      skipped_out =
+          static_cast<int64_t*>(scalar_memory(skipped_steps, "skipped_steps", dlpack::kInt, 64));
+  }
+
+  void report(const cpu::StepResult& result) const {
+    if (options.norm && norm_out != nullptr) *norm_out = static_cast<float>(result.total_norm);
+    if (result.skipped && skipped_out != nullptr) *skipped_out += 1;
+  }
+
   cpu::StepOptions options;
-  options.norm = norm;
-  options.max_norm = max_norm;
-  options.clip_value = clip_value;
-  options.grad_scale = grad_scale;
-  options.found_inf = found_inf;
-  options.skip_nonfinite = skip_nonfinite;
-  options.squared_norm = squared_norm;
-  options.threads = checked_threads(threads);
-  auto* norm_out =
-      grad_norm.is_none()
-          ? nullptr
-          : static_cast<float*>(scalar_memory(grad_norm, "grad_norm", dlpack::kFloat, 32));
-  auto* skipped_out =
-      skipped_steps.is_none()
-          ? nullptr
-          : static_cast<int64_t*>(scalar_memory(skipped_steps, "skipped_steps", dlpack::kInt, 64));
-  const cpu::StepResult result = guarded([&] { return plan.apply(options); });
-  if (norm && norm_out != nullptr) *norm_out = static_cast<float>(result.total_norm);
-  if (result.skipped && skipped_out != nullptr) *skipped_out += 1;
-  return py::make_tuple(result.total_norm, result.skipped);
+  float* norm_out = nullptr;
+  int64_t* skipped_out = nullptr;
+};
+
+#define FUSEDOPT_STEP_ARGUMENTS                                                                  \
+  py::arg("norm"), py::arg("max_norm"), py::arg("clip_value"), py::arg("grad_scale"),            \
+      py::arg("found_inf"), py::arg("skip_nonfinite"), py::arg("threads"), py::arg("grad_norm"), \
+      py::arg("skipped_steps")
+
+std::string step(Plan& plan, const py::object& groups, const py::object& state,
+                 const py::object& host, bool norm, double max_norm, double clip_value,
+                 double grad_scale, bool found_inf, bool skip_nonfinite, int threads,
+                 const py::object& grad_norm, const py::object& skipped_steps) {
+  const StepArguments arguments(norm, max_norm, clip_value, grad_scale, found_inf, skip_nonfinite,
+                                threads, grad_norm, skipped_steps);
+  cpu::StepResult result;
+  const std::string reason = guarded(
+      [&] { return plan.step(groups.ptr(), state.ptr(), host.ptr(), arguments.options, &result); });
+  if (reason.empty()) arguments.report(result);
+  return reason;
+}
+
+void apply(Plan& plan, bool norm, double max_norm, double clip_value, double grad_scale,
+           bool found_inf, bool skip_nonfinite, int threads, const py::object& grad_norm,
+           const py::object& skipped_steps, double squared_norm) {
+  StepArguments arguments(norm, max_norm, clip_value, grad_scale, found_inf, skip_nonfinite,
+                          threads, grad_norm, skipped_steps);
+  arguments.options.squared_norm = squared_norm;
+  arguments.report(guarded([&] { return plan.apply(arguments.options); }));
 }
 
 py::object describe(const py::object& tensor) {
@@ -201,10 +231,9 @@ PYBIND11_MODULE(_C, m) {
             return guarded([&] { return plan.refresh(groups.ptr(), state.ptr(), host.ptr()); });
           },
           py::arg("param_groups"), py::arg("state"), py::arg("host"))
-      .def("apply", &apply, py::arg("norm"), py::arg("max_norm"), py::arg("clip_value"),
-           py::arg("grad_scale"), py::arg("found_inf"), py::arg("skip_nonfinite"),
-           py::arg("squared_norm"), py::arg("threads"), py::arg("grad_norm"),
-           py::arg("skipped_steps"))
+      .def("step", &step, py::arg("param_groups"), py::arg("state"), py::arg("host"),
+           FUSEDOPT_STEP_ARGUMENTS)
+      .def("apply", &apply, FUSEDOPT_STEP_ARGUMENTS, py::arg("squared_norm"))
       .def(
           "squared_norm",
           [](Plan& plan, int threads) {

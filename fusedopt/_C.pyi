@@ -6,6 +6,21 @@ from torch import Tensor
 
 class Plan:
     def __init__(self, rule: str) -> None: ...
+    def step(
+        self,
+        param_groups: list[dict[str, Any]],
+        state: dict[Any, Any],
+        host: Any,
+        norm: bool,
+        max_norm: float,
+        clip_value: float,
+        grad_scale: float,
+        found_inf: bool,
+        skip_nonfinite: bool,
+        threads: int,
+        grad_norm: Tensor | None,
+        skipped_steps: Tensor | None,
+    ) -> str: ...
     def refresh(
         self, param_groups: list[dict[str, Any]], state: dict[Any, Any], host: Any
     ) -> str: ...
@@ -17,11 +32,11 @@ class Plan:
         grad_scale: float,
         found_inf: bool,
         skip_nonfinite: bool,
-        squared_norm: float,
         threads: int,
         grad_norm: Tensor | None,
         skipped_steps: Tensor | None,
-    ) -> tuple[float, bool]: ...
+        squared_norm: float,
+    ) -> None: ...
     def squared_norm(self, threads: int) -> float: ...
     def roll_back(self) -> None: ...
     @property

@@ -26,4 +26,4 @@ for level in baseline avx2 avx512; do
   FUSEDOPT_CPU_LEVEL=$level run tests/test_layout.py -k 'offsets or empty or tiny or any_model'
 done
 run tests/test_bad_input.py tests/test_plan.py tests/test_clip_amp.py \
-  -k 'not reads_wrongly and not know_no_torch and not thread'
+  -k 'not reads_wrongly and not know_no_torch'

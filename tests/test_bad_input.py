@@ -257,6 +257,7 @@ JUNK: list[Any] = [
 _PLAN = _C.Plan("adamw")
 ENTRY_POINTS = {
     "Plan": (_C.Plan, 1),
+    "step": (_PLAN.step, 12),
     "refresh": (_PLAN.refresh, 3),
     "apply": (_PLAN.apply, 10),
     "plan.squared_norm": (_PLAN.squared_norm, 1),
@@ -310,7 +311,7 @@ def test_refresh_fuzzed_inside_a_valid_group(
     try:
         reason = _PLAN.refresh([group], state, Host(answer))
         if not reason:
-            _PLAN.apply(True, 1.0, 1e9, 1.0, False, False, -1.0, 2, None, None)
+            _PLAN.apply(True, 1.0, 1e9, 1.0, False, False, 2, None, None, -1.0)
     except EXPECTED:
         assert torch.equal(good, before)
     finally:

@@ -1,0 +1,33 @@
+// Reads the hyperparameters of a param group.
+#pragma once
+
+#include <cstddef>
+#include <string>
+#include <vector>
+
+#include "core/table.h"
+#include "host/dict_reader.h"
+#include "host/python.h"
+
+namespace fusedopt::host {
+
+class GroupReader {
+ public:
+  // The keys in the order of the rule's Hyper struct; "betas[2]" is a pair.
+  explicit GroupReader(const std::vector<std::string>& hyper_keys);
+
+  // Fills in `out` and returns group["params"] as a list or tuple. Raises KeyError for what is
+  // missing, TypeError for what is no number; `index` is for the message.
+  Ref read(PyObject* group, size_t index, Group* out);
+
+ private:
+  struct Key {
+    PyObject* name;
+    int count;
+  };
+
+  std::vector<Key> keys_;
+  DictReader reader_;  // "params", "maximize", the keys
+};
+
+}  // namespace fusedopt::host

@@ -1,0 +1,311 @@
+// From param_groups and state to the rows of the table.
+#include <algorithm>
+#include <cstring>
+
+#include "host/layout.h"
+#include "host/plan.h"
+#include "host/tensor_list.h"
+
+namespace fusedopt::host {
+namespace {
+
+void choose_variant(RuleId rule, const double* hyper, Row* row) {
+  switch (rule) {
+#define FUSEDOPT_VARIANT(Rule)                                      \
+  case RuleId::k##Rule: {                                           \
+    Rule::Hyper h;                                                  \
+    std::memcpy(&h, hyper, sizeof h);                               \
+    row->variant = static_cast<uint8_t>(Rule::variant(h));          \
+    row->states = static_cast<uint8_t>(Rule::states(row->variant)); \
+    return;                                                         \
+  }
+    FUSEDOPT_RULES(FUSEDOPT_VARIANT)
+#undef FUSEDOPT_VARIANT
+    case RuleId::kCount:
+      break;
+  }
+}
+
+bool same_shape(const TensorView& a, const TensorView& b) {
+  return a.dl.ndim == b.dl.ndim && std::equal(a.dl.shape, a.dl.shape + a.dl.ndim, b.dl.shape);
+}
+
+std::string shape_text(const TensorView& view) {
+  std::string text = "[";
+  for (int d = 0; d < view.dl.ndim; ++d) text += (d ? ", " : "") + std::to_string(view.size(d));
+  return text + "]";
+}
+
+// A garbage collection runs finalizers: Python code.
+class WithoutGarbageCollection {
+ public:
+  WithoutGarbageCollection() : was_on_(PyGC_Disable()) {}
+  ~WithoutGarbageCollection() {
+    if (was_on_) PyGC_Enable();
+  }
+  WithoutGarbageCollection(const WithoutGarbageCollection&) = delete;
+  WithoutGarbageCollection& operator=(const WithoutGarbageCollection&) = delete;
+
+ private:
+  int was_on_;
+};
+
+bool has_memory(const TensorView& view) { return view.dl.data != nullptr || view.numel() == 0; }
+
+}  // namespace
+
+std::string Plan::where() const {
+  return "param_groups[" + std::to_string(group_index_) + "][\"params\"][" +
+         std::to_string(param_index_) + "]";
+}
+
+std::string Plan::role(int operand) const {
+  if (operand == kParam) return "param";
+  if (operand == kGrad) return "grad";
+  return PyUnicode_AsUTF8(state_keys_[operand - kState0]);
+}
+
+bool Plan::refuse(const std::string& reason) {
+  reason_ = reason;
+  return false;
+}
+
+bool Plan::build(PyObject* param_groups) {
+  const Ref all = Ref::checked(PyList_AsTuple(param_groups));
+  const size_t count = static_cast<size_t>(PyTuple_GET_SIZE(all.get()));
+  std::vector<Ref> lists;
+  lists.reserve(count);
+  groups_.resize(count);
+  for (size_t g = 0; g < count; ++g) {
+    PyObject* group = PyTuple_GET_ITEM(all.get(), static_cast<Py_ssize_t>(g));
+    lists.push_back(group_reader_.read(group, g, &groups_[g]));
+  }
+  size_t total = 0;
+  for (const Ref& list : lists) total += static_cast<size_t>(PySequence_Fast_GET_SIZE(list.get()));
+  index_.build(state_, total);
+  candidates_.reserve(total);
+  rows_.reserve(total);
+  params_.reserve(total);
+  find_candidates(lists);
+  if (!find_states()) return false;
+  for (size_t c = 0; c < candidates_.size(); ++c) {
+    prefetch(c);
+    group_index_ = candidates_[c].group;
+    param_index_ = candidates_[c].index;
+    if (!add_row(&candidates_[c])) return false;
+  }
+  return true;
+}
+
+// After a model's forward and backward pass nothing of a small tensor is in the cache, and a step
+// over many of them waits for memory: one object after the other, unless it asks ahead.
+void Plan::find_candidates(const std::vector<Ref>& lists) {
+  constexpr Py_ssize_t kAhead = 8;
+  const TensorAccess& access = TensorAccess::instance();
+  for (size_t g = 0; g < lists.size(); ++g) {
+    group_index_ = g;
+    PyObject** params = PySequence_Fast_ITEMS(lists[g].get());
+    const Py_ssize_t count = PySequence_Fast_GET_SIZE(lists[g].get());
+    for (Py_ssize_t j = 0; j < count; ++j) {
+      if (j + 2 * kAhead < count) access.prefetch_object(params[j + 2 * kAhead]);
+      if (j + kAhead < count && access.is_plain(params[j + kAhead]))
+        access.prefetch_impl(params[j + kAhead]);
+      param_index_ = static_cast<size_t>(j);
+      if (!access.is_tensor(params[j]))
+        raise(PyExc_TypeError, where() + " must be a torch.Tensor, got " + repr(params[j]));
+      GradRef grad = access.grad(params[j]);
+      if (!grad.none())
+        candidates_.push_back({Ref::borrow(params[j]), std::move(grad), g, param_index_, {}, {}});
+    }
+  }
+}
+
+bool Plan::find_states() {
+  constexpr size_t kAhead = 8;
+  for (size_t c = 0; c < candidates_.size(); ++c) {
+    if (c + kAhead < candidates_.size()) {
+      const StateIndex::Slot& ahead = index_.find(candidates_[c + kAhead].param.get());
+      if (ahead.state != nullptr) __builtin_prefetch(ahead.state);
+    }
+    Candidate& candidate = candidates_[c];
+    group_index_ = candidate.group;
+    param_index_ = candidate.index;
+    StateIndex::Slot& slot = index_.find(candidate.param.get());
+    if (slot.visited) return refuse(where() + " appears twice among the params");
+    slot.visited = true;
+    if (slot.state == nullptr) continue;
+    if (!PyDict_Check(slot.state))
+      raise(PyExc_TypeError, "the state of " + where() + " must be a dict");
+    candidate.entry = Ref::borrow(slot.state);
+    PyObject* values[kMaxStates + 1];
+    state_reader_.read(slot.state, values);
+    for (size_t k = 0; k < state_keys_.size(); ++k) candidate.state[k] = Ref::borrow(values[k]);
+  }
+  return true;
+}
+
+void Plan::prefetch(size_t c) const {
+  constexpr size_t kAhead = 3;
+  const TensorAccess& access = TensorAccess::instance();
+  if (c + 2 * kAhead < candidates_.size()) {
+    const Candidate& far = candidates_[c + 2 * kAhead];
+    access.prefetch_impl(far.grad);
+    for (const Ref& tensor : far.state) access.prefetch_object(tensor.get());
+  }
+  if (c + kAhead < candidates_.size()) {
+    for (const Ref& tensor : candidates_[c + kAhead].state)
+      if (tensor && access.is_plain(tensor.get())) access.prefetch_impl(tensor.get());
+  }
+}
+
+// From here on Python code may run, in this thread or another, and drop a gradient. Until here
+// none has run since the gradients were found.
+void Plan::hold_grads() {
+  if (grads_held_) return;
+  grads_held_ = true;
+  const WithoutGarbageCollection guard;
+  for (Candidate& candidate : candidates_) {
+    if (candidate.grad.tensor == nullptr) continue;
+    candidate.grad.object = TensorAccess::grad_object(candidate.param.get());
+    candidate.grad.tensor = nullptr;
+  }
+}
+
+Ref Plan::resolve(PyObject* tensor, int operand) {
+  hold_grads();
+  return Ref::checked(PyObject_CallMethod(host_, "resolve", "Osnn", tensor, role(operand).c_str(),
+                                          static_cast<Py_ssize_t>(group_index_),
+                                          static_cast<Py_ssize_t>(param_index_)));
+}
+
+bool Plan::add_row(Candidate* candidate) {
+  Row row{};
+  row.group = static_cast<int32_t>(candidate->group);
+  choose_variant(rule_, groups_[candidate->group].hyper, &row);
+  Operands operands;
+  TensorView* view = operands.view;
+  if (!read_operand(candidate->param.get(), kParam, &view[kParam], &row.dtype[kParam]) ||
+      !read_grad(candidate, &view[kGrad], &row.dtype[kGrad]) ||
+      !read_state(candidate, &operands, &row) || !place(operands, kState0 + row.states, &row))
+    return false;
+  elements_ += row.numel;
+  rows_.push_back(row);
+  params_.push_back(candidate->param.get());
+  return true;
+}
+
+bool Plan::read_operand(PyObject* object, int operand, TensorView* view, DType* dtype) {
+  const TensorAccess& access = TensorAccess::instance();
+  if (access.is_plain(object) && access.read(object, view) && floating_dtype(view->dl, dtype) &&
+      has_memory(*view))
+    return true;
+  Ref plain = resolve(object, operand);
+  if (plain.get() == Py_None || !access.read(plain.get(), view) ||
+      !floating_dtype(view->dl, dtype) || !has_memory(*view))
+    return refuse("the " + role(operand) + " of " + where() +
+                  " is not a dense tensor of float32, float64, bfloat16 or float16 in memory");
+  alive_.push_back(std::move(plain));
+  return true;
+}
+
+bool Plan::read_grad(Candidate* candidate, TensorView* view, DType* dtype) {
+  const TensorAccess& access = TensorAccess::instance();
+  GradRef& grad = candidate->grad;
+  // A gradient that libtorch can describe needs no Python object.
+  if (grad.tensor != nullptr && access.is_plain(candidate->param.get()) &&
+      access.read(grad, view) && floating_dtype(view->dl, dtype) && has_memory(*view))
+    return true;
+  hold_grads();
+  return read_operand(grad.object.get(), kGrad, view, dtype);
+}
+
+bool Plan::read_state(Candidate* candidate, Operands* operands, Row* row) {
+  if (row->states == 0 && !has_step_) return true;
+  if (!candidate->entry) {
+    candidate->entry = Ref::checked(PyDict_New());
+    hold_grads();
+    if (PyObject_SetItem(state_, candidate->param.get(), candidate->entry.get()) != 0)
+      throw PythonError{};
+    created_.push_back({Ref::borrow(state_), Ref::borrow(candidate->param.get())});
+  }
+  for (int k = 0; k < row->states; ++k) {
+    Ref& tensor = candidate->state[k];
+    if (!tensor || tensor.get() == Py_None) {
+      create(candidate, k);
+      row->first = 1;
+    }
+    const int operand = kState0 + k;
+    if (!read_operand(tensor.get(), operand, &operands->view[operand], &row->dtype[operand]))
+      return false;
+  }
+  if (has_step_) read_step(candidate, row);
+  return true;
+}
+
+void Plan::create(Candidate* candidate, size_t key) {
+  hold_grads();
+  PyObject* name = state_keys_[key];
+  Ref value =
+      Ref::checked(PyObject_CallMethod(host_, "new_state", "OO", candidate->param.get(), name));
+  if (PyDict_SetItem(candidate->entry.get(), name, value.get()) != 0) throw PythonError{};
+  created_.push_back({Ref::borrow(candidate->entry.get()), Ref::borrow(name)});
+  candidate->state[key] = std::move(value);
+}
+
+void Plan::read_step(Candidate* candidate, Row* row) {
+  const TensorAccess& access = TensorAccess::instance();
+  const size_t key = state_keys_.size() - 1;
+  Ref& step = candidate->state[key];
+  TensorView view;
+  const auto good = [&] {
+    return access.is_plain(step.get()) && access.read(step.get(), &view) && view.dl.ndim == 0 &&
+           view.dl.device.type == dlpack::kCPU && view.dl.dtype.code == dlpack::kFloat &&
+           view.dl.dtype.bits == 32 && view.dl.data != nullptr;
+  };
+  if (!step) create(candidate, key);
+  if (!good()) {
+    hold_grads();
+    PyObject* entry = candidate->entry.get();
+    Ref::checked(PyObject_CallMethod(host_, "normalise_step", "O", entry));
+    step = Ref::borrow(PyDict_GetItemWithError(entry, state_keys_[key]));
+    if (!step || !good())
+      raise(PyExc_TypeError,
+            "the step of " + where() + " must be a number or a one-element tensor");
+  }
+  row->step = static_cast<float*>(view.dl.data);
+  if (!(*row->step >= 0))
+    raise(PyExc_ValueError,
+          "the step of " + where() + " must be a number >= 0, got " + std::to_string(*row->step));
+}
+
+// Checks the operands against each other, and finds the order in which to walk them.
+bool Plan::place(const Operands& operands, int count, Row* row) {
+  const TensorView* views[kOperands];
+  for (int k = 0; k < count; ++k) {
+    const TensorView& view = operands.view[k];
+    views[k] = &view;
+    if (view.dl.device.type != dlpack::kCPU) return refuse(where() + " is not on the CPU");
+    if (!same_shape(view, operands.view[kParam]))
+      raise(PyExc_ValueError, "the " + role(k) + " of " + where() + " has shape " +
+                                  shape_text(view) + ", expected " +
+                                  shape_text(operands.view[kParam]));
+  }
+  row->numel = views[kParam]->numel();
+  row->layout = kFlat;
+  const bool contiguous = row->numel == 0 || all_contiguous(views, count);
+  for (int k = 0; k < count; ++k)
+    row->data[k] = static_cast<char*>(views[k]->dl.data) + views[k]->dl.byte_offset;
+  if (contiguous) return true;
+  for (int k = 0; k < count; ++k)
+    if (k != kGrad && overlaps_itself(*views[k]))
+      raise(PyExc_RuntimeError, "the " + role(k) + " of " + where() +
+                                    " is expanded: more than one element refers to a single "
+                                    "memory location; clone() it first");
+  const Layout layout = merged_layout(views, count);
+  if (is_flat(layout, count)) return true;
+  row->layout = static_cast<int32_t>(layouts_.size());
+  layouts_.push_back(layout);
+  return true;
+}
+
+}  // namespace fusedopt::host
