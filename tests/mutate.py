@@ -37,10 +37,10 @@ MUTATIONS = {
     ),
     "decay not decoupled from lr": ("rules/adamw.h", "exact_product(h.lr,", "exact_product(1.0,"),
     "stale lr": (
-        "host/plan.cpp",
-        "out.hyper[slot++] = number(value, key.name);",
+        "host/group_reader.cpp",
+        "out->hyper[slot++] = number(value, key.name);",
         "{ static double seen = number(value, key.name);"
-        " out.hyper[slot] = slot == 0 ? seen : number(value, key.name); ++slot; }",
+        " out->hyper[slot] = slot == 0 ? seen : number(value, key.name); ++slot; }",
     ),
     "no bias correction of the first moment": ("rules/adamw.h", " * h.lr / correction1", " * h.lr"),
     "no bias correction of the second moment": (
