@@ -133,9 +133,9 @@ std::string step(Plan& plan, const py::object& groups, const py::object& state,
   return reason;
 }
 
-void apply(Plan& plan, bool norm, double max_norm, double clip_value, double grad_scale,
-           bool found_inf, bool skip_nonfinite, int threads, const py::object& grad_norm,
-           const py::object& skipped_steps, double squared_norm) {
+void apply(Plan& plan, double squared_norm, bool norm, double max_norm, double clip_value,
+           double grad_scale, bool found_inf, bool skip_nonfinite, int threads,
+           const py::object& grad_norm, const py::object& skipped_steps) {
   StepArguments arguments(norm, max_norm, clip_value, grad_scale, found_inf, skip_nonfinite,
                           threads, grad_norm, skipped_steps);
   arguments.options.squared_norm = squared_norm;
@@ -233,7 +233,7 @@ PYBIND11_MODULE(_C, m) {
           py::arg("param_groups"), py::arg("state"), py::arg("host"))
       .def("step", &step, py::arg("param_groups"), py::arg("state"), py::arg("host"),
            FUSEDOPT_STEP_ARGUMENTS)
-      .def("apply", &apply, FUSEDOPT_STEP_ARGUMENTS, py::arg("squared_norm"))
+      .def("apply", &apply, py::arg("squared_norm"), FUSEDOPT_STEP_ARGUMENTS)
       .def(
           "squared_norm",
           [](Plan& plan, int threads) {

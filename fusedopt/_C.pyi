@@ -26,6 +26,7 @@ class Plan:
     ) -> str: ...
     def apply(
         self,
+        squared_norm: float,
         norm: bool,
         max_norm: float,
         clip_value: float,
@@ -35,7 +36,6 @@ class Plan:
         threads: int,
         grad_norm: Tensor | None,
         skipped_steps: Tensor | None,
-        squared_norm: float,
     ) -> None: ...
     def squared_norm(self, threads: int) -> float: ...
     def roll_back(self) -> None: ...

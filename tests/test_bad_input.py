@@ -311,7 +311,7 @@ def test_refresh_fuzzed_inside_a_valid_group(
     try:
         reason = _PLAN.refresh([group], state, Host(answer))
         if not reason:
-            _PLAN.apply(True, 1.0, 1e9, 1.0, False, False, 2, None, None, -1.0)
+            _PLAN.apply(-1.0, True, 1.0, 1e9, 1.0, False, False, 2, None, None)
     except EXPECTED:
         assert torch.equal(good, before)
     finally:

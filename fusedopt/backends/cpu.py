@@ -58,7 +58,7 @@ def _step_over_ranks(
     try:
         squares = plan.squared_norm(torch.get_num_threads())
         local = torch.tensor(squares, dtype=torch.float64, device="cpu")
-        plan.apply(*options, squared_norm=float(all_reduce_sum(local, group)))
+        plan.apply(float(all_reduce_sum(local, group)), *options)
     except BaseException:
         plan.roll_back()
         raise
