@@ -80,8 +80,18 @@ MUTATIONS = {
     ),
     "truncating bfloat16 stores": (
         "core/dtype.h",
-        "(bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16",
-        "bits >> 16",
+        "const uint32_t rounded = bits + 0x7fffu + ((bits >> 16) & 1u);",
+        "const uint32_t rounded = bits;",
+    ),
+    "odd element behind the pairs skipped": (
+        "cpu/kernels.h",
+        "if (count % 2 == 0) return;",
+        "return;",
+    ),
+    "halves of a pair swapped": (
+        "core/dtype.h",
+        "rounded_bits(x.first) >> 16 | (rounded_bits(x.second) & 0xffff0000u)",
+        "rounded_bits(x.second) >> 16 | (rounded_bits(x.first) & 0xffff0000u)",
     ),
     "skipped step counted": (
         "cpu/apply.cpp",

@@ -122,6 +122,53 @@ void update_run(P* __restrict param, const G* __restrict grad, S* const* states,
   }
 }
 
+// The same loop over pairs of bfloat16, which lie at any even address.
+#if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+constexpr bool kPairs = true;
+#else
+constexpr bool kPairs = false;
+#endif
+typedef uint32_t __attribute__((aligned(2), may_alias)) Word;
+
+template <class Rule, int kVariant>
+void update_run_of_pairs(bfloat16* param, const bfloat16* grad, bfloat16* const* states,
+                         int64_t count, float factor,
+                         const typename Rule::template Scalars<float>& scalars) {
+  constexpr int kStates = Rule::states(kVariant);
+  const typename Rule::template Scalars<float> s = scalars;
+  Word* __restrict p = reinterpret_cast<Word*>(param);
+  const Word* __restrict g = reinterpret_cast<const Word*>(grad);
+  Word* __restrict s0 = reinterpret_cast<Word*>(kStates > 0 ? states[0] : nullptr);
+  Word* __restrict s1 = reinterpret_cast<Word*>(kStates > 1 ? states[1] : nullptr);
+  Word* __restrict s2 = reinterpret_cast<Word*>(kStates > 2 ? states[2] : nullptr);
+  const int64_t pairs = count / 2;
+#if defined(__clang__)
+#pragma clang loop vectorize(enable)
+#elif defined(__GNUC__)
+#pragma GCC ivdep
+#endif
+  for (int64_t i = 0; i < pairs; ++i) {
+    FloatPair x = widen_pair(p[i]);
+    const FloatPair gradient = widen_pair(g[i]);
+    FloatPair state[kMaxStates];
+    if constexpr (kStates > 0) state[0] = widen_pair(s0[i]);
+    if constexpr (kStates > 1) state[1] = widen_pair(s1[i]);
+    if constexpr (kStates > 2) state[2] = widen_pair(s2[i]);
+    float first[kMaxStates] = {state[0].first, state[1].first, state[2].first};
+    float second[kMaxStates] = {state[0].second, state[1].second, state[2].second};
+    Rule::template update<kVariant>(x.first, gradient.first * factor, first, s);
+    Rule::template update<kVariant>(x.second, gradient.second * factor, second, s);
+    p[i] = narrow_pair(x);
+    if constexpr (kStates > 0) s0[i] = narrow_pair({first[0], second[0]});
+    if constexpr (kStates > 1) s1[i] = narrow_pair({first[1], second[1]});
+    if constexpr (kStates > 2) s2[i] = narrow_pair({first[2], second[2]});
+  }
+  if (count % 2 == 0) return;
+  bfloat16* last[kMaxStates] = {};
+  for (int k = 0; k < kStates; ++k) last[k] = states[k] + count - 1;
+  update_run<Rule, kVariant, float>(param + count - 1, grad + count - 1, last, 1, factor, scalars);
+}
+
 // Any dtypes, any layout, any transform: operand by operand through blocks that stay in L1.
 template <class Rule, int kVariant, class T>
 void update_blocks(const Row& row, const Layout* layout, int64_t begin, int64_t count,
@@ -158,9 +205,14 @@ void update_fused(const Row& row, int64_t begin, int64_t count, const GradTransf
   constexpr int kStates = Rule::states(kVariant);
   S* states[kMaxStates] = {};
   for (int k = 0; k < kStates; ++k) states[k] = static_cast<S*>(row.data[kState0 + k]) + begin;
-  update_run<Rule, kVariant, T>(static_cast<P*>(row.data[kParam]) + begin,
-                                static_cast<const P*>(row.data[kGrad]) + begin, states, count,
-                                static_cast<T>(transform.factor), scalars.template get<T>());
+  P* param = static_cast<P*>(row.data[kParam]) + begin;
+  const P* grad = static_cast<const P*>(row.data[kGrad]) + begin;
+  const T factor = static_cast<T>(transform.factor);
+  if constexpr (kPairs && kParamDType == DType::kBFloat16 && kStateDType == kParamDType) {
+    update_run_of_pairs<Rule, kVariant>(param, grad, states, count, factor, scalars.f32);
+  } else {
+    update_run<Rule, kVariant, T>(param, grad, states, count, factor, scalars.template get<T>());
+  }
 }
 
 template <class Rule, int kVariant>
@@ -199,47 +251,57 @@ constexpr int kLanes = 8;
 using f64x8 = double __attribute__((vector_size(64)));
 using f32x8 = float __attribute__((vector_size(32)));
 using u32x8 = uint32_t __attribute__((vector_size(32)));
-using u16x8 = uint16_t __attribute__((vector_size(16)));
 
-// Eight elements as doubles; spelled in vectors, because g++ would insert lane by lane.
-inline __attribute__((always_inline)) f64x8 load_lanes(const double* from) {
-  f64x8 x;
-  memcpy(&x, from, sizeof x);
-  return x;
-}
-
-inline __attribute__((always_inline)) f64x8 load_lanes(const float* from) {
-  f32x8 x;
-  memcpy(&x, from, sizeof x);
+inline __attribute__((always_inline)) f64x8 to_double(f32x8 x) {
+#if defined(FUSEDOPT_AVX512)
+  return (f64x8)_mm512_cvtps_pd((__m256)x);  // g++ would convert halves
+#else
   return __builtin_convertvector(x, f64x8);
+#endif
 }
 
-inline __attribute__((always_inline)) f64x8 load_lanes(const bfloat16* from) {
-  u16x8 bits;
-  memcpy(&bits, from, sizeof bits);
-  const u32x8 high = __builtin_convertvector(bits, u32x8) << 16;
-  f32x8 x;
-  memcpy(&x, &high, sizeof x);
-  return __builtin_convertvector(x, f64x8);
+inline __attribute__((always_inline)) f64x8 square(f64x8 x) { return x * x; }
+
+// Adds the squares of 4 kLanes elements to the four sums; spelled in vectors, because g++ would
+// insert lane by lane.
+inline __attribute__((always_inline)) void add_squares(const double* from, f64x8* sums) {
+  for (int a = 0; a < 4; ++a) {
+    f64x8 x;
+    memcpy(&x, from + a * kLanes, sizeof x);
+    sums[a] += square(x);
+  }
 }
 
-inline __attribute__((always_inline)) f64x8 load_lanes(const float16* from) {
-  float wide[kLanes];
-  for (int lane = 0; lane < kLanes; ++lane) wide[lane] = widen(from[lane]);
-  return load_lanes(wide);
+inline __attribute__((always_inline)) void add_squares(const float* from, f64x8* sums) {
+  for (int a = 0; a < 4; ++a) {
+    f32x8 x;
+    memcpy(&x, from + a * kLanes, sizeof x);
+    sums[a] += square(to_double(x));
+  }
+}
+
+// Pairs again: the first of each to one sum, the second to another.
+inline __attribute__((always_inline)) void add_squares(const bfloat16* from, f64x8* sums) {
+  for (int a = 0; a < 4; a += 2) {
+    u32x8 words;
+    memcpy(&words, from + a * kLanes, sizeof words);
+    sums[a] += square(to_double((f32x8)(words << 16)));
+    sums[a + 1] += square(to_double((f32x8)(words & 0xffff0000u)));
+  }
+}
+
+inline __attribute__((always_inline)) void add_squares(const float16* from, f64x8* sums) {
+  float wide[4 * kLanes];
+  for (int i = 0; i < 4 * kLanes; ++i) wide[i] = widen(from[i]);
+  add_squares(wide, sums);
 }
 
 template <class G>
 double squares_run(const G* grad, int64_t count) {
-  constexpr int kAccumulators = 4, kStep = kLanes * kAccumulators;
-  f64x8 sums[kAccumulators] = {};
+  constexpr int kStep = 4 * kLanes;
+  f64x8 sums[4] = {};
   int64_t i = 0;
-  for (; i + kStep <= count; i += kStep) {
-    for (int a = 0; a < kAccumulators; ++a) {
-      const f64x8 x = load_lanes(grad + i + a * kLanes);
-      sums[a] += x * x;
-    }
-  }
+  for (; i + kStep <= count; i += kStep) add_squares(grad + i, sums);
   const f64x8 all = (sums[0] + sums[1]) + (sums[2] + sums[3]);
   double sum = ((all[0] + all[1]) + (all[2] + all[3])) + ((all[4] + all[5]) + (all[6] + all[7]));
   for (; i < count; ++i) sum += static_cast<double>(widen(grad[i])) * widen(grad[i]);

@@ -3,6 +3,8 @@
 #include "cpu/level.h"
 
 #if defined(__x86_64__)
+#include <immintrin.h>
+
 #if defined(__clang__)
 #pragma clang attribute push(                                                        \
     __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi,bmi2"))), \
@@ -10,6 +12,8 @@
 #else
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi,bmi2,prefer-vector-width=512")
 #endif
+
+#define FUSEDOPT_AVX512  // g++ does not define __AVX512F__ after the pragma
 
 namespace fusedopt::cpu {
 namespace {
