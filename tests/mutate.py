@@ -105,7 +105,7 @@ def build(sources: Path, package: Path, objects: Path, reuse: Path | None) -> No
     """Compiles csrc without optimisation of its time, and links it into `package`. Objects that no
     mutation reaches are taken from `reuse`."""
     flags = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-fopenmp", "-ffp-contract=off"]
-    flags += ["-fno-math-errno", "-w", f"-I{sources}", f"-I{pybind11.get_include()}"]
+    flags += ["-fno-math-errno", "-w", "-Wno-psabi", f"-I{sources}", f"-I{pybind11.get_include()}"]
     flags.append(f"-I{sysconfig.get_paths()['include']}")
     objects.mkdir(parents=True)
 
