@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -291,6 +293,29 @@ def test_peak_memory_of_a_step() -> None:
         [sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=120
     )
     assert float(done.stdout) < 0.01
+
+
+def available_memory() -> int:
+    """Bytes that a process can still take, 0 where the system does not say."""
+    lines = Path("/proc/meminfo").read_text().splitlines() if os.name == "posix" else []
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+
+
+@pytest.mark.parametrize("numel", [2**31 + 1, 2**32 + 1])
+def test_more_elements_than_32_bits_can_count(numel: int) -> None:
+    if numel > 2**32 and "FUSEDOPT_TEST_HUGE" not in os.environ:
+        pytest.skip("takes minutes; set FUSEDOPT_TEST_HUGE=1 to run it")
+    if available_memory() < 2 * 2 * numel + 3e9:
+        pytest.skip(f"needs {(4 * numel + 3e9) / 1e9:.0f} GB of memory")
+    pattern = torch.randn(1_000_003).bfloat16()  # no power of two: no two chunks alike
+    grad = torch.empty(numel, dtype=torch.bfloat16)
+    for begin in range(0, numel, pattern.numel()):
+        grad[begin : begin + pattern.numel()] = pattern[: numel - begin]
+    param = torch.nn.Parameter(torch.zeros(numel, dtype=torch.bfloat16))
+    param.grad = grad
+    fusedopt.FusedSGD([param], lr=1.0, backend="cpu").step()
+    for new, old in zip(param.detach().split(2**28), grad.split(2**28), strict=True):
+        assert torch.equal(new, -old)
 
 
 def test_an_expanded_param_is_refused() -> None:
