@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -42,9 +43,12 @@ def rotary_table(config: GPTConfig) -> tuple[Tensor, Tensor]:
     Both are float32 [context, width / heads / 2].
     """
     half = config.width // config.heads // 2
-    frequencies = 10000.0 ** -(torch.arange(half) / half)
-    angles = torch.outer(torch.arange(config.context), frequencies)
-    return angles.cos(), angles.sin()
+    # Not torch's cos and sin: on a CPU the first large call of either in a process can return a
+    # thread's part with an error of 1e-4 (pytorch#188792), so a resumed run could have another
+    # table than the run that it continues.
+    frequencies = 10000.0 ** -(np.arange(half) / half)
+    angles = np.outer(np.arange(config.context), frequencies)
+    return torch.from_numpy(np.cos(angles)).float(), torch.from_numpy(np.sin(angles)).float()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

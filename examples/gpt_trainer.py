@@ -190,7 +190,7 @@ class Trainer:
         """All that ``load_state_dict`` needs to continue bitwise; plain tensors and values.
 
         There is no random state in it: batches are a function of the seed and the step, and the
-        model has no dropout.
+        model has no dropout. Nor are the rotary tables: they are a function of the size.
         """
         self.read()
         return {

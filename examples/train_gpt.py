@@ -3,9 +3,11 @@
     python examples/train_gpt.py --out runs/train_gpt
 
 The same model is first trained for some steps with torch.optim and clip_grad_norm_, from the same
-seed: the two loss curves have to agree, and the time that each optimizer takes is compared. A run
-that was killed goes on bitwise with ``--resume``. ``--out`` receives checkpoint.pt, report.json
-and report.png.
+seed: the two loss curves have to agree, and the time that each optimizer takes is compared.
+``--out`` receives checkpoint.pt, report.json and report.png.
+
+A run that was killed goes on bitwise with ``--resume`` where machine, versions and number of
+threads are the same, because PyTorch's own results depend on these.
 
 On a CPU that has other work to do, set OMP_WAIT_POLICY=PASSIVE: otherwise each thread of torch that
 waits for another spins on the core that this other one needs, and a step takes ten times as long.
