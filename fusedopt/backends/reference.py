@@ -15,6 +15,11 @@ from fusedopt.distributed import all_reduce_sum
 from fusedopt.plan import Row, collect
 from fusedopt.rule import Rule
 
+# The first call of a vector-library op in a process can be inexact in torch where several threads
+# share it (https://github.com/pytorch/pytorch/issues/188792); one element takes one thread.
+for _dtype in (torch.float32, torch.float64):
+    torch.ones(1, dtype=_dtype).sqrt()
+
 if TYPE_CHECKING:
     from fusedopt.backends import Request
     from fusedopt.optimizer import FusedOptimizer
