@@ -27,10 +27,11 @@ GroupReader::GroupReader(const std::vector<std::string>& hyper_keys) : reader_(n
 }
 
 Ref GroupReader::read(PyObject* group, size_t index, Group* out) {
-  const std::string where = "param_groups[" + std::to_string(index) + "]";
+  const auto where = [&] { return "param_groups[" + std::to_string(index) + "]"; };
   const auto refuse = [&](PyObject* name, const std::string& what, PyObject* value) {
     PyErr_Clear();
-    raise(PyExc_TypeError, where + "[" + repr(name) + "] must be " + what + ", got " + repr(value));
+    raise(PyExc_TypeError,
+          where() + "[" + repr(name) + "] must be " + what + ", got " + repr(value));
   };
   const auto number = [&](PyObject* value, PyObject* name) -> double {
     if (PyFloat_CheckExact(value)) return PyFloat_AS_DOUBLE(value);
@@ -46,8 +47,8 @@ Ref GroupReader::read(PyObject* group, size_t index, Group* out) {
   if (PyDict_Check(group)) reader_.read(group, borrowed);
   // To read a tensor lr, Python code runs, and the group may change under it.
   Ref values[kMaxKeys];
-  for (int k = 0; k < kMaxKeys; ++k) values[k] = Ref::borrow(borrowed[k]);
-  if (!values[kParamsKey]) raise(PyExc_KeyError, where + " has no \"params\"");
+  for (size_t k = 0; k < kFirstHyperKey + keys_.size(); ++k) values[k] = Ref::borrow(borrowed[k]);
+  if (!values[kParamsKey]) raise(PyExc_KeyError, where() + " has no \"params\"");
 
   std::fill(std::begin(out->hyper), std::end(out->hyper), 0.0);
   int slot = 0;
