@@ -13,6 +13,9 @@
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi,bmi2,prefer-vector-width=512")
 #endif
 
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wuninitialized"  // g++ 12 means its own intrinsics
+#endif
 #define FUSEDOPT_AVX512  // g++ does not define __AVX512F__ after the pragma
 
 namespace fusedopt::cpu {
