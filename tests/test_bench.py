@@ -17,6 +17,7 @@ sys.path.append(str(BENCH))  # the scripts find their modules beside themselves;
 
 import contestants  # noqa: E402
 import goals  # noqa: E402
+import readme  # noqa: E402
 import workloads  # noqa: E402
 
 BYTES = {  # optimizer, dtype: step, with our clip, with clip_grad_norm_
@@ -272,3 +273,11 @@ def test_an_unknown_name_is_refused_with_the_choices(tmp_path):
     words = " ".join(done.stderr.replace("│", " ").split())
     assert "'16x4096' is not one of 16x4096x1024, 1000x64x64, gpt2-124m" in words
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_readme_has_the_measured_figures():
+    text = (ROOT / "README.md").read_text()
+    assert readme.updated(text) == text, "run python bench/readme.py"
+    worse = json.loads((ROOT / "bench/results/step-cpu.json").read_text())
+    worse["rows"][0]["ratio_vs_torch_fused"] += 1
+    assert "\n".join(readme.step_table(worse)) not in text
