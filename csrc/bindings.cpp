@@ -13,6 +13,9 @@
 
 #include "cpu/apply.h"
 #include "cpu/level.h"
+#include "cuda/launch.h"
+#include "host/cpu_step.h"
+#include "host/cuda_step.h"
 #include "host/plan.h"
 #include "host/tensor_access.h"
 #include "host/tensor_list.h"
@@ -71,19 +74,26 @@ int checked_threads(int threads) {
   return threads;
 }
 
-// The memory of a 0-dim CPU tensor that a step writes a figure to.
-void* scalar_memory(const py::object& tensor, const char* name, int code, int bits) {
+// The memory of a 0-dim tensor that a step reads from or writes to; null for None.
+template <class T>
+T* scalar_memory(const py::object& tensor, const char* name, dlpack::DeviceType device,
+                 int* index = nullptr) {
+  constexpr int kCode = std::is_floating_point_v<T> ? dlpack::kFloat : dlpack::kInt;
+  constexpr int kBits = 8 * sizeof(T);
+  if (tensor.is_none()) return nullptr;
   TensorView view;
   const TensorAccess& access = TensorAccess::instance();
   const bool good = guarded([&] {
-    return access.is_plain(tensor.ptr()) && access.read(tensor.ptr(), &view) && view.dl.ndim == 0 &&
-           view.dl.device.type == dlpack::kCPU && view.dl.dtype.code == code &&
-           view.dl.dtype.bits == bits && view.dl.data != nullptr;
+    return access.is_plain(tensor.ptr()) && access.read(tensor.ptr(), &view) && view.numel() == 1 &&
+           view.dl.device.type == device && view.dl.dtype.code == kCode &&
+           view.dl.dtype.bits == kBits && view.dl.data != nullptr;
   });
-  if (!good)
-    throw py::type_error(std::string(name) + " must be a 0-dim CPU tensor of " +
-                         (code == dlpack::kFloat ? "float" : "int") + std::to_string(bits));
-  return view.dl.data;
+  if (!good || (device == dlpack::kCPU && view.dl.ndim != 0))
+    throw py::type_error(std::string(name) + " must be a 0-dim " +
+                         (device == dlpack::kCPU ? "CPU" : "CUDA") + " tensor of " +
+                         (kCode == dlpack::kFloat ? "float" : "int") + std::to_string(kBits));
+  if (index != nullptr) *index = view.dl.device.index;
+  return reinterpret_cast<T*>(static_cast<char*>(view.dl.data) + view.dl.byte_offset);
 }
 
 // What the two ways to a step, Plan.step and Plan.apply, are told of it, and where the figures go.
@@ -98,16 +108,15 @@ struct StepArguments {
     options.found_inf = found_inf;
     options.skip_nonfinite = skip_nonfinite;
     options.threads = checked_threads(threads);
-    if (!grad_norm.is_none())
-      norm_out = static_cast<float*>(scalar_memory(grad_norm, "grad_norm", dlpack::kFloat, 32));
-    if (!skipped_steps.is_none())
-      skipped_out =
-          static_cast<int64_t*>(scalar_memory(skipped_steps, "skipped_steps", dlpack::kInt, 64));
+    norm_out = scalar_memory<float>(grad_norm, "grad_norm", dlpack::kCPU);
+    skipped_out = scalar_memory<int64_t>(skipped_steps, "skipped_steps", dlpack::kCPU);
   }
 
-  void report(const cpu::StepResult& result) const {
+  bool run(Plan* plan) const {
+    const cpu::StepResult result = host::run_on_cpu(plan, options);
     if (options.norm && norm_out != nullptr) *norm_out = static_cast<float>(result.total_norm);
     if (result.skipped && skipped_out != nullptr) *skipped_out += 1;
+    return result.skipped;
   }
 
   cpu::StepOptions options;
@@ -120,17 +129,20 @@ struct StepArguments {
       py::arg("found_inf"), py::arg("skip_nonfinite"), py::arg("threads"), py::arg("grad_norm"), \
       py::arg("skipped_steps")
 
+#define FUSEDOPT_CUDA_ARGUMENTS                                                       \
+  py::arg("norm"), py::arg("max_norm"), py::arg("clip_value"), py::arg("grad_scale"), \
+      py::arg("found_inf"), py::arg("skip_nonfinite"), py::arg("grad_norm"),          \
+      py::arg("skipped_steps"), py::arg("stream")
+
 std::string step(Plan& plan, const py::object& groups, const py::object& state,
                  const py::object& host, bool norm, double max_norm, double clip_value,
                  double grad_scale, bool found_inf, bool skip_nonfinite, int threads,
                  const py::object& grad_norm, const py::object& skipped_steps) {
   const StepArguments arguments(norm, max_norm, clip_value, grad_scale, found_inf, skip_nonfinite,
                                 threads, grad_norm, skipped_steps);
-  cpu::StepResult result;
-  const std::string reason = guarded(
-      [&] { return plan.step(groups.ptr(), state.ptr(), host.ptr(), arguments.options, &result); });
-  if (reason.empty()) arguments.report(result);
-  return reason;
+  return guarded([&] {
+    return plan.step(groups.ptr(), state.ptr(), host.ptr(), [&] { return arguments.run(&plan); });
+  });
 }
 
 void apply(Plan& plan, double squared_norm, bool norm, double max_norm, double clip_value,
@@ -139,7 +151,109 @@ void apply(Plan& plan, double squared_norm, bool norm, double max_norm, double c
   StepArguments arguments(norm, max_norm, clip_value, grad_scale, found_inf, skip_nonfinite,
                           threads, grad_norm, skipped_steps);
   arguments.options.squared_norm = squared_norm;
-  arguments.report(guarded([&] { return plan.apply(arguments.options); }));
+  guarded([&] { plan.apply([&] { return arguments.run(&plan); }); });
+}
+
+// A plan for tensors on one CUDA device, and the driver that runs it.
+struct CudaPlan {
+  explicit CudaPlan(const RuleKeys& keys) : plan(keys, host::kCudaDevice, true) {}
+
+  Plan plan;
+  host::CudaDriver driver;
+};
+
+// The arguments of a CUDA step: scalars on the device, so that no step waits for it.
+struct CudaArguments {
+  CudaArguments(bool norm, double max_norm, double clip_value, const py::object& grad_scale,
+                const py::object& found_inf, bool skip_nonfinite, const py::object& grad_norm,
+                const py::object& skipped_steps, uintptr_t stream) {
+    options.norm = norm;
+    options.max_norm = max_norm;
+    options.clip_value = clip_value;
+    options.skip_nonfinite = skip_nonfinite;
+    options.stream = stream;
+    options.grad_scale = memory<float>(grad_scale, "grad_scale");
+    options.found_inf = memory<float>(found_inf, "found_inf");
+    options.grad_norm = memory<float>(grad_norm, "grad_norm");
+    options.skipped_steps = memory<int64_t>(skipped_steps, "skipped_steps");
+  }
+
+  template <class T>
+  T* memory(const py::object& tensor, const char* name) {
+    int index = 0;
+    T* data = scalar_memory<T>(tensor, name, host::kCudaDevice, &index);
+    if (data != nullptr) devices.push_back({index, name});
+    return data;
+  }
+
+  bool run(CudaPlan* p) const {
+    for (const auto& [index, name] : devices)
+      if (p->plan.rows() > 0 && index != p->plan.device_index())
+        host::raise(PyExc_ValueError, std::string(name) + " must be on the params' device");
+    return p->driver.step(&p->plan, options);
+  }
+
+  host::CudaOptions options;
+  std::vector<std::pair<int, const char*>> devices;
+};
+
+std::string cuda_step(CudaPlan& p, const py::object& groups, const py::object& state,
+                      const py::object& host, bool norm, double max_norm, double clip_value,
+                      const py::object& grad_scale, const py::object& found_inf,
+                      bool skip_nonfinite, const py::object& grad_norm,
+                      const py::object& skipped_steps, uintptr_t stream) {
+  const CudaArguments arguments(norm, max_norm, clip_value, grad_scale, found_inf, skip_nonfinite,
+                                grad_norm, skipped_steps, stream);
+  return guarded([&] {
+    return p.plan.step(groups.ptr(), state.ptr(), host.ptr(), [&] { return arguments.run(&p); });
+  });
+}
+
+void cuda_squared_norm(CudaPlan& p, const py::object& out, uintptr_t stream) {
+  CudaArguments arguments(true, 0, 0, py::none(), py::none(), false, py::none(), py::none(),
+                          stream);
+  arguments.options.norm_only = true;
+  arguments.options.squared_norm_out = arguments.memory<double>(out, "out");
+  if (arguments.options.squared_norm_out == nullptr) throw py::type_error("out must be a tensor");
+  guarded([&] {
+    p.plan.need_table();
+    arguments.run(&p);
+  });
+}
+
+void cuda_apply(CudaPlan& p, const py::object& squared_norm, bool norm, double max_norm,
+                double clip_value, const py::object& grad_scale, const py::object& found_inf,
+                bool skip_nonfinite, const py::object& grad_norm, const py::object& skipped_steps,
+                uintptr_t stream) {
+  CudaArguments arguments(norm, max_norm, clip_value, grad_scale, found_inf, skip_nonfinite,
+                          grad_norm, skipped_steps, stream);
+  arguments.options.squared_norm = arguments.memory<double>(squared_norm, "squared_norm");
+  guarded([&] { p.plan.apply([&] { return arguments.run(&p); }); });
+}
+
+// Clips a list of gradients in place, or with norm_only takes their total norm; `total_norm` is a
+// 0-dim float64 tensor that takes it.
+std::string cuda_clip(host::CudaDriver& driver, const py::object& tensors, const py::object& host,
+                      bool norm, bool norm_only, double max_norm, double clip_value,
+                      const py::object& total_norm, uintptr_t stream) {
+  host::CudaOptions options;
+  options.norm = norm;
+  options.norm_only = norm_only;
+  options.max_norm = max_norm;
+  options.clip_value = clip_value;
+  options.stream = stream;
+  int index = 0;
+  options.squared_norm_out =
+      scalar_memory<double>(total_norm, "total_norm", host::kCudaDevice, &index);
+  return guarded([&] {
+    const host::TensorList list(tensors.ptr(), !norm_only, host::kCudaDevice);
+    if (!list.reason().empty()) return list.reason();
+    if (list.table().rows.empty()) return std::string("no elements");
+    if (!total_norm.is_none() && index != list.device_index())
+      host::raise(PyExc_ValueError, "total_norm must be on the tensors' device");
+    driver.clip({list.table(), list.device_index(), host.ptr(), [] {}}, options);
+    return std::string();
+  });
 }
 
 py::object describe(const py::object& tensor) {
@@ -166,7 +280,7 @@ py::object grad_pointer(const py::object& param) {
 
 py::object squared_norm_of(const py::object& tensors, int threads) {
   return guarded([&]() -> py::object {
-    const host::TensorList list(tensors.ptr(), false);
+    const host::TensorList list(tensors.ptr(), false, dlpack::kCPU);
     if (!list.reason().empty()) return py::str(list.reason());
     return py::make_tuple(cpu::squared_norm(list.table(), checked_threads(threads)),
                           list.any_float64());
@@ -175,7 +289,7 @@ py::object squared_norm_of(const py::object& tensors, int threads) {
 
 std::string scale(const py::object& tensors, double coef, double limit, int threads) {
   return guarded([&] {
-    const host::TensorList list(tensors.ptr(), true);
+    const host::TensorList list(tensors.ptr(), true, dlpack::kCPU);
     if (list.reason().empty())
       cpu::scale_gradients(list.table(), coef, limit, checked_threads(threads));
     return list.reason();
@@ -185,7 +299,9 @@ std::string scale(const py::object& tensors, double coef, double limit, int thre
 py::dict build_info() {
   py::dict info;
   info["compiler"] = __VERSION__;
-  info["cuda_archs"] = "none";
+  info["cuda_archs"] = cuda::archs();
+  info["cuda_device_type"] = host::kCudaDevice == dlpack::kCPU ? "cpu" : "cuda";
+  info["cuda_unavailable"] = cuda::unavailable();
   info["cpu_level"] = cpu::level().name;
 #ifdef _OPENMP
   info["openmp"] = _OPENMP;
@@ -218,10 +334,10 @@ PYBIND11_MODULE(_C, m) {
   using namespace fusedopt;  // NOLINT
   m.doc() = "The native part of fusedopt. Private: its interface changes without notice.";
 
-  py::class_<Plan>(m, "Plan")
+  py::class_<Plan>(m, "Plan", py::module_local())
       .def(py::init([](const std::string& rule) {
              const RuleKeys keys = find_rule(rule);
-             return guarded([&] { return new Plan(keys); });
+             return guarded([&] { return new Plan(keys, dlpack::kCPU, false); });
            }),
            py::arg("rule"))
       .def(
@@ -237,13 +353,51 @@ PYBIND11_MODULE(_C, m) {
       .def(
           "squared_norm",
           [](Plan& plan, int threads) {
-            return guarded([&] { return plan.squared_norm(checked_threads(threads)); });
+            return guarded([&] {
+              plan.need_table();
+              return cpu::squared_norm(plan.table(), checked_threads(threads));
+            });
           },
           py::arg("threads"))
       .def("roll_back", [](Plan& plan) { guarded([&] { plan.roll_back(); }); })
       .def_property_readonly("rows", &Plan::rows)
       .def_property_readonly("flat_rows", &Plan::flat_rows);
 
+  py::class_<CudaPlan>(m, "CudaPlan", py::module_local())
+      .def(py::init([](const std::string& rule) {
+             const RuleKeys keys = find_rule(rule);
+             return guarded([&] { return new CudaPlan(keys); });
+           }),
+           py::arg("rule"))
+      .def("step", &cuda_step, py::arg("param_groups"), py::arg("state"), py::arg("host"),
+           FUSEDOPT_CUDA_ARGUMENTS)
+      .def(
+          "refresh",
+          [](CudaPlan& p, const py::object& groups, const py::object& state,
+             const py::object& host) {
+            return guarded([&] { return p.plan.refresh(groups.ptr(), state.ptr(), host.ptr()); });
+          },
+          py::arg("param_groups"), py::arg("state"), py::arg("host"))
+      .def("squared_norm", &cuda_squared_norm, py::arg("out"), py::arg("stream"))
+      .def("apply", &cuda_apply, py::arg("squared_norm"), FUSEDOPT_CUDA_ARGUMENTS)
+      .def("roll_back", [](CudaPlan& p) { guarded([&] { p.plan.roll_back(); }); })
+      .def_property_readonly("rows", [](const CudaPlan& p) { return p.plan.rows(); })
+      .def_property_readonly("uploads", [](const CudaPlan& p) { return p.driver.uploads(); });
+
+  py::class_<host::CudaDriver>(m, "CudaClip", py::module_local())
+      .def(py::init<>())
+      .def("run", &cuda_clip, py::arg("tensors"), py::arg("host"), py::arg("norm"),
+           py::arg("norm_only"), py::arg("max_norm"), py::arg("clip_value"), py::arg("total_norm"),
+           py::arg("stream"));
+
+  m.def("cuda_launches", &cuda::launches);
+  m.def(
+      "cuda_set_geometry",
+      [](int blocks, int threads) {
+        const std::string error = cuda::set_geometry(blocks, threads);
+        if (!error.empty()) throw py::value_error(error);
+      },
+      py::arg("blocks"), py::arg("threads"));
   m.def("rules", &rules);
   m.def("build_info", &build_info);
   m.def("describe", &describe, py::arg("tensor"));

@@ -44,6 +44,61 @@ class Plan:
     @property
     def flat_rows(self) -> int: ...
 
+class CudaPlan:
+    def __init__(self, rule: str) -> None: ...
+    def step(
+        self,
+        param_groups: list[dict[str, Any]],
+        state: dict[Any, Any],
+        host: Any,
+        norm: bool,
+        max_norm: float,
+        clip_value: float,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+        skip_nonfinite: bool,
+        grad_norm: Tensor | None,
+        skipped_steps: Tensor | None,
+        stream: int,
+    ) -> str: ...
+    def refresh(
+        self, param_groups: list[dict[str, Any]], state: dict[Any, Any], host: Any
+    ) -> str: ...
+    def squared_norm(self, out: Tensor, stream: int) -> None: ...
+    def apply(
+        self,
+        squared_norm: Tensor | None,
+        norm: bool,
+        max_norm: float,
+        clip_value: float,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+        skip_nonfinite: bool,
+        grad_norm: Tensor | None,
+        skipped_steps: Tensor | None,
+        stream: int,
+    ) -> None: ...
+    def roll_back(self) -> None: ...
+    @property
+    def rows(self) -> int: ...
+    @property
+    def uploads(self) -> int: ...
+
+class CudaClip:
+    def run(
+        self,
+        tensors: list[Tensor],
+        host: Any,
+        norm: bool,
+        norm_only: bool,
+        max_norm: float,
+        clip_value: float,
+        total_norm: Tensor | None,
+        stream: int,
+    ) -> str: ...
+
+def cuda_launches() -> int: ...
+def cuda_set_geometry(blocks: int, threads: int) -> None: ...
 def rules() -> dict[str, tuple[list[str], list[str], bool]]: ...
 def build_info() -> dict[str, Any]: ...
 def describe(tensor: Tensor) -> tuple[Any, ...] | None: ...

@@ -23,6 +23,22 @@ _OLDER = {"amsgrad": False, "maximize": False, "nesterov": False, "capturable": 
 _FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
+def with_steps_on_cpu(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """The same state_dict with step counts that lie on a device copied to the CPU, all of a device
+    in one copy."""
+    away: dict[torch.device, list[Any]] = {}
+    for key, entry in state_dict["state"].items():
+        step = entry.get("step")
+        if isinstance(step, Tensor) and step.device.type != "cpu":
+            away.setdefault(step.device, []).append(key)
+    for keys in away.values():
+        steps = torch.stack([state_dict["state"][key]["step"] for key in keys]).cpu()
+        for key, step in zip(keys, steps.unbind(), strict=True):
+            # A copy of the dict: this one is the optimizer's own.
+            state_dict["state"][key] = {**state_dict["state"][key], "step": step.clone()}
+    return state_dict
+
+
 def load(optimizer: FusedOptimizer, state_dict: dict[str, Any]) -> None:
     """Loads `state_dict` into `optimizer`, running its load hooks as torch.optim does.
 

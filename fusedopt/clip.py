@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from fusedopt._native import _C
+from fusedopt.backends import cuda
 
 
 def _gradients(parameters: Tensor | Iterable[Tensor]) -> list[Tensor]:
@@ -17,15 +18,26 @@ def _gradients(parameters: Tensor | Iterable[Tensor]) -> list[Tensor]:
     return [p.grad for p in params if p.grad is not None]
 
 
-def _native_norm(tensors: list[Tensor], norm_type: float) -> tuple[float, torch.dtype] | None:
-    """The L2 norm by the C++ kernels and the dtype to give it in, None where they do not serve."""
+def _norm_dtype(tensors: list[Tensor]) -> torch.dtype:
+    wide = any(t.dtype in (torch.float64, torch.complex128) for t in tensors)
+    return torch.float64 if wide else torch.float32
+
+
+def _check_finite(norm: Tensor | float, norm_type: float) -> None:
+    if not math.isfinite(float(norm)):
+        raise RuntimeError(
+            f"The total norm of order {norm_type} for gradients from `parameters` is "
+            "non-finite, so it cannot be clipped. To disable this error and scale the gradients "
+            "by the non-finite norm anyway, set `error_if_nonfinite=False`"
+        )
+
+
+def _cpu_norm(tensors: list[Tensor], norm_type: float) -> float | None:
+    """The L2 norm by the C++ kernels, None where they do not serve."""
     if _C is None or norm_type != 2.0 or not tensors:
         return None
     result = _C.squared_norm(tensors, torch.get_num_threads())
-    if isinstance(result, str):
-        return None
-    squares, any_float64 = result
-    return math.sqrt(squares), torch.float64 if any_float64 else torch.float32
+    return None if isinstance(result, str) else math.sqrt(result[0])
 
 
 def _norm(
@@ -33,18 +45,19 @@ def _norm(
 ) -> tuple[Tensor, float | None]:
     """The total norm as a tensor, and in full precision where it was computed on the CPU: rounded
     to float32, the norm of four elements of 3e38 would be infinite, and the clipped gradients 0."""
-    native = _native_norm(tensors, norm_type)
-    if native is None:
+    if norm_type == 2.0:
+        total = cuda.clip_(tensors, norm=True, norm_only=True)
+        if total is not None:
+            if error_if_nonfinite:
+                _check_finite(total, norm_type)
+            return total.to(_norm_dtype(tensors)), None
+    norm = _cpu_norm(tensors, norm_type)
+    if norm is None:
         total = torch.nn.utils.get_total_norm(tensors, norm_type, error_if_nonfinite, foreach)
         return total, float(total) if total.device.type == "cpu" else None
-    norm, dtype = native
-    if error_if_nonfinite and not math.isfinite(norm):
-        raise RuntimeError(
-            f"The total norm of order {norm_type} for gradients from `parameters` is "
-            "non-finite, so it cannot be clipped. To disable this error and scale the gradients "
-            "by the non-finite norm anyway, set `error_if_nonfinite=False`"
-        )
-    return torch.tensor(norm, dtype=dtype, device="cpu"), norm
+    if error_if_nonfinite:
+        _check_finite(norm, norm_type)
+    return torch.tensor(norm, dtype=_norm_dtype(tensors), device="cpu"), norm
 
 
 @torch.no_grad()
@@ -56,8 +69,8 @@ def get_total_norm(
 ) -> Tensor:
     """The norm of all tensors as one vector, as torch.nn.utils.get_total_norm.
 
-    Dense CPU tensors with norm_type 2 take one pass in C++, with squares summed in float64, so that
-    no float32 gradient overflows; anything else is handed to torch.
+    Dense tensors on the CPU or on one CUDA device take one pass with norm_type 2, with squares
+    summed in float64, so that no float32 gradient overflows; anything else is handed to torch.
 
     Args:
         tensors: a tensor or an iterable of them, of any shapes and floating dtypes.
@@ -77,6 +90,9 @@ def get_total_norm(
 
 def _scale(grads: list[Tensor], coef: float, limit: float) -> bool:
     """grad = clamp(grad * coef, -limit, limit) in C++; False where it does not serve."""
+    if coef == 1.0 and cuda.clip_(grads, norm=False, clip_value=limit) is not None:
+        increment_version(grads)
+        return True
     if _C is None or not grads or _C.scale_(grads, coef, limit, torch.get_num_threads()):
         return False
     increment_version(grads)
@@ -106,6 +122,15 @@ def clip_grad_norm_(
     """
     grads = _gradients(parameters)
     max_norm = float(max_norm)
+    if float(norm_type) == 2.0:
+        if error_if_nonfinite:
+            norm_on_device = cuda.clip_(grads, norm=True, norm_only=True)
+            if norm_on_device is not None:
+                _check_finite(norm_on_device, norm_type)
+        on_device = cuda.clip_(grads, norm=True, max_norm=max_norm)
+        if on_device is not None:
+            increment_version(grads)
+            return on_device.to(_norm_dtype(grads))
     total, norm = _norm(grads, float(norm_type), error_if_nonfinite, foreach)
     coef = None if norm is None else max_norm / (norm + 1e-6)
     if coef is not None and coef >= 1:

@@ -179,6 +179,11 @@ class FusedOptimizer(Optimizer):
             self._skipped_tensor = self._skipped_tensor.to(device)
         return self._skipped_tensor
 
+    def state_dict(self) -> dict[str, Any]:
+        """As torch.optim, with each `step` as a float32 CPU tensor, which every implementation of
+        torch.optim takes."""
+        return checkpoint.with_steps_on_cpu(super().state_dict())
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state_dict of fusedopt or of torch.optim, of any implementation of it.
 

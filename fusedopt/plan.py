@@ -54,7 +54,8 @@ class Host:
             return as_step(0)
         return torch.zeros_like(param, memory_format=torch.preserve_format, requires_grad=False)
 
-    def normalise_step(self, state: dict[str, Any]) -> None:
+    def normalise_step(self, param: Tensor, state: dict[str, Any]) -> None:
+        """Makes the step count of a param's state one that the native plan reads."""
         state["step"] = as_step(state["step"])
 
     def resolve(self, tensor: Any, role: str, group: int, index: int) -> Tensor | None:
@@ -172,5 +173,5 @@ def _row(
         if "step" not in entry:
             table.set(entry, "step", host.new_state(param, "step"))
         elif not (isinstance(entry["step"], Tensor) and entry["step"].ndim == 0):
-            host.normalise_step(entry)
+            host.normalise_step(param, entry)
     return Row(param, grad, [entry[n] for n in names], entry.get("step"), group, first)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -63,7 +64,9 @@ CASES = [
 # One of each kind, for what does not depend on every option.
 SHORT = [c for c in CASES if c.name in ("adamw-decay", "adam-l2-amsgrad", "sgd-nesterov")]
 
-BACKENDS = ["cpu", "reference"]
+BACKENDS = os.environ.get("FUSEDOPT_TEST_BACKENDS", "cpu,reference").split(",")
+# Those with kernels of their own, for what says nothing about the reference.
+NATIVE = [b for b in BACKENDS if b != "reference"]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 # Both sides of every vector width, of the block and of the chunk.

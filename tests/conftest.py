@@ -1,11 +1,19 @@
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
 
 from fusedopt import _native
+
+
+def pytest_configure() -> None:
+    # Blocks and threads of the CUDA driver's grid, such as 3x32: for the emulated GPU.
+    geometry = os.environ.get("FUSEDOPT_TEST_GEOMETRY")
+    if geometry and _native._C is not None:
+        _native._C.cuda_set_geometry(*map(int, geometry.split("x")))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -26,7 +27,10 @@ OPTIONS: dict[type[FusedOptimizer], dict[str, Any]] = {
 SHAPES = ((), (1,), (17,), (0, 3), (16, 5), (7, 3, 4))
 
 # A backend, and for the native one each way in which it reads tensors.
-DRIVERS = ("cpu-direct", "cpu-dlpack", "cpu-python", "reference")
+_ASKED = os.environ.get("FUSEDOPT_TEST_BACKENDS")
+DRIVERS = (
+    tuple(_ASKED.split(",")) if _ASKED else ("cpu-direct", "cpu-dlpack", "cpu-python", "reference")
+)
 
 # torch.optim in float64 differs by the rounding of single operations only.
 CLOSE = {"rtol": 1e-12, "atol": 1e-14}

@@ -1,7 +1,8 @@
 """Breaks the C++ core in ways that a wrong edit could, and checks that the tests notice.
 
 Usage: python tests/mutate.py. Each mutation is one replacement in one file; the core is rebuilt
-with it and the numeric tests must fail. The exit code is 1 where one survives.
+with it and the numeric tests must fail. Mutations of csrc/cuda are run on the emulated GPU. The
+exit code is 1 where one survives.
 """
 
 from __future__ import annotations
@@ -12,10 +13,17 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 
 import pybind11
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from fusedopt._native import _C
+from tests.cuda_emulator import build as emulator
 
 ROOT = Path(__file__).parent.parent
 TESTS = [
@@ -100,6 +108,44 @@ MUTATIONS = {
     ),
 }
 
+CUDA_TESTS = [
+    "tests/test_cuda.py",
+    "tests/test_layout.py::test_storage_offsets_of_param_gradient_and_state",
+    "tests/test_layout.py::test_more_elements_than_32_bits_can_count",
+]
+CUDA_MUTATIONS = {
+    "CUDA: a wrong tail": (
+        "cuda/update.cuh",
+        "const int rest = count - (end - first);",
+        "const int rest = count - (end - first) - 1;",
+    ),
+    "CUDA: a barrier of the block missing": (
+        "cuda/reduce.cuh",
+        "half /= 2) {\n    __syncthreads();",
+        "half /= 2) {",
+    ),
+    "CUDA: the grid barrier missing": (
+        "cuda/step.cuh",
+        "    cooperative_groups::this_grid().sync();\n",
+        "",
+    ),
+    "CUDA: blocks race for a partial sum": (
+        "cuda/step.cuh",
+        "if (threadIdx.x == 0) a.workspace->partial[blockIdx.x] = mine;\n    cooperative",
+        "if (threadIdx.x == 0) a.workspace->partial[blockIdx.x / 2] = mine;\n    cooperative",
+    ),
+    "CUDA: 32-bit overflow of the chunk offset": (
+        "cuda/step.cuh",
+        "static_cast<int64_t>(ref.index) * kChunk",
+        "static_cast<int32_t>(static_cast<uint32_t>(ref.index) * kChunk)",
+    ),
+    "CUDA: no step increment": ("cuda/step.cuh", "*a.rows[r].step += 1;", "*a.rows[r].step += 0;"),
+}
+
+# What no mutation reaches, and the instruction-set level that this machine runs.
+UNTOUCHED = ("bindings", "tensor_access", "level", "none", "cuda_step")
+LEVEL = _C.build_info()["cpu_level"] if _C is not None else ""
+
 
 def build(sources: Path, package: Path, objects: Path, reuse: Path | None) -> None:
     """Compiles csrc without optimisation of its time, and links it into `package`. Objects that no
@@ -111,7 +157,8 @@ def build(sources: Path, package: Path, objects: Path, reuse: Path | None) -> No
 
     def compile_one(source: Path) -> Path:
         target = objects / (source.stem + ".o")
-        if reuse is not None and source.stem in ("bindings", "tensor_access", "level"):
+        idle_level = source.stem.startswith("level_") and source.stem != f"level_{LEVEL}"
+        if reuse is not None and (source.stem in UNTOUCHED or idle_level):
             return reuse / target.name
         subprocess.run(["g++", *flags, "-c", str(source), "-o", str(target)], check=True)
         return target
@@ -123,47 +170,68 @@ def build(sources: Path, package: Path, objects: Path, reuse: Path | None) -> No
     subprocess.run(link, check=True)
 
 
-def run_tests(site: Path) -> int:
+def run_tests(site: Path, tests: list[str], *options: str, **environment: str) -> int:
     script = (
         "import sys, fusedopt._native as n, pytest;"
         f"assert n._C.__file__.startswith({str(site)!r}), n._C.__file__;"
         "sys.exit(pytest.main(sys.argv[1:]))"
     )
-    command = [sys.executable, "-c", script, "-x", "-q", "-k", "not reference"]
-    command += ["-p", "no:cacheprovider", *TESTS]
+    command = [sys.executable, "-c", script, "-x", "-q", "-p", "no:cacheprovider", *options, *tests]
     done = subprocess.run(
-        command, cwd=site, env={**os.environ, "PYTHONPATH": str(site)}, capture_output=True
+        command,
+        cwd=site,
+        env={**os.environ, "PYTHONPATH": str(site), **environment},
+        capture_output=True,
     )
-    if done.returncode not in (0, 1):  # neither passed nor failed: the check itself is broken
+    if done.returncode > 1:  # neither passed nor failed: the check itself is broken
         raise RuntimeError(done.stdout.decode() + done.stderr.decode())
-    return done.returncode
+    return 0 if done.returncode == 0 else 1  # a signal is a failure, too
+
+
+def mutated(sources: Path, name: str, file: str, old: str, new: str) -> Path:
+    """A copy of csrc at `sources`, with one mutation."""
+    shutil.copytree(ROOT / "csrc", sources)
+    text = (sources / file).read_text()
+    if text.count(old) != 1:
+        raise RuntimeError(f"{name}: {file} holds the text {text.count(old)} times")
+    (sources / file).write_text(text.replace(old, new))
+    return sources
+
+
+def check_core(work: Path) -> Iterator[tuple[str, bool]]:
+    """(mutation, whether the tests noticed) for each of MUTATIONS."""
+    site = work / "site"
+    shutil.copytree(ROOT / "fusedopt", site / "fusedopt", ignore=shutil.ignore_patterns("*.so"))
+    shutil.copytree(ROOT / "tests", site / "tests")
+    shutil.copy(ROOT / "pyproject.toml", site)
+    build(ROOT / "csrc", site / "fusedopt", work / "whole", None)
+    options = ("-k", "not reference")
+    yield "nothing broken", run_tests(site, TESTS, *options) == 0
+    for number, (name, mutation) in enumerate(MUTATIONS.items()):
+        sources = mutated(work / f"csrc{number}", name, *mutation)
+        build(sources, site / "fusedopt", work / f"objects{number}", work / "whole")
+        yield name, run_tests(site, TESTS, *options) == 1
+
+
+def check_cuda(work: Path) -> Iterator[tuple[str, bool]]:
+    """The same for CUDA_MUTATIONS, on the emulated GPU. (That its tests pass on the unbroken core
+    is a test of its own: test_cuda_emulator.py.)"""
+    environment = {"FUSEDOPT_TEST_BACKENDS": "cuda", "FUSEDOPT_TEST_GEOMETRY": "4x32"}
+    whole = emulator.build(work / "emulated")
+    for number, (name, mutation) in enumerate(CUDA_MUTATIONS.items()):
+        sources = mutated(work / f"cuda{number}", name, *mutation)
+        site = emulator.build(work / f"emulated{number}", sources, reuse=whole)
+        yield name, run_tests(site, CUDA_TESTS, **environment) == 1
 
 
 def main() -> int:
-    survivors = []
+    results = {}
     with tempfile.TemporaryDirectory() as temporary:
-        work = Path(temporary)
-        site = work / "site"
-        shutil.copytree(ROOT / "fusedopt", site / "fusedopt", ignore=shutil.ignore_patterns("*.so"))
-        shutil.copytree(ROOT / "tests", site / "tests")
-        shutil.copy(ROOT / "pyproject.toml", site)
-        build(ROOT / "csrc", site / "fusedopt", work / "whole", None)
-        if run_tests(site) != 0:
-            print("the tests fail on the unbroken core")
-            return 1
-        for number, (name, (file, old, new)) in enumerate(MUTATIONS.items()):
-            sources = work / f"csrc{number}"
-            shutil.copytree(ROOT / "csrc", sources)
-            text = (sources / file).read_text()
-            if text.count(old) != 1:
-                raise RuntimeError(f"{name}: {file} holds the text {text.count(old)} times")
-            (sources / file).write_text(text.replace(old, new))
-            build(sources, site / "fusedopt", work / f"objects{number}", work / "whole")
-            caught = run_tests(site) == 1
-            print(f"{'caught  ' if caught else 'SURVIVED'}  {name}", flush=True)
-            if not caught:
-                survivors.append(name)
-    print(f"{len(MUTATIONS) - len(survivors)} caught, {len(survivors)} survived")
+        for name, good in chain(check_core(Path(temporary)), check_cuda(Path(temporary))):
+            print(f"{'as it should' if good else 'SURVIVED    '}  {name}", flush=True)
+            results[name] = good
+    survivors = [name for name, good in results.items() if not good]
+    print(f"{len(results) - len(survivors)} of {len(results)} as they should be")
     return 1 if survivors else 0
 
 

@@ -27,3 +27,18 @@ for level in baseline avx2 avx512; do
 done
 run tests/test_bad_input.py tests/test_plan.py tests/test_clip_amp.py \
   -k 'not reads_wrongly and not know_no_torch'
+
+# The source of the CUDA kernels, on the emulated GPU.
+cd ../../..
+rm -rf "$out/emulated"
+"$python" - "$out/emulated" <<'PYTHON'
+import sys
+from pathlib import Path
+sys.path.insert(0, ".")
+from tests.cuda_emulator.build import build
+sanitizers = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g")
+build(Path(sys.argv[1]), kernel_flags=sanitizers)
+PYTHON
+cd "$out/emulated"
+FUSEDOPT_TEST_BACKENDS=cuda FUSEDOPT_TEST_GEOMETRY=3x16 run \
+  tests/test_cuda.py tests/test_layout.py -k 'cuda and not 32_bits and not thousand'

@@ -255,12 +255,19 @@ JUNK: list[Any] = [
 ]
 
 _PLAN = _C.Plan("adamw")
+_CUDA_PLAN = _C.CudaPlan("adamw")
 ENTRY_POINTS = {
     "Plan": (_C.Plan, 1),
     "step": (_PLAN.step, 12),
     "refresh": (_PLAN.refresh, 3),
     "apply": (_PLAN.apply, 10),
     "plan.squared_norm": (_PLAN.squared_norm, 1),
+    "CudaPlan": (_C.CudaPlan, 1),
+    "cuda.step": (_CUDA_PLAN.step, 12),
+    "cuda.refresh": (_CUDA_PLAN.refresh, 3),
+    "cuda.squared_norm": (_CUDA_PLAN.squared_norm, 2),
+    "cuda.apply": (_CUDA_PLAN.apply, 10),
+    "cuda.clip": (_C.CudaClip().run, 8),
     "describe": (_C.describe, 1),
     "grad_pointer": (_C.grad_pointer, 1),
     "bump_versions": (_C.bump_versions, 1),
@@ -284,6 +291,7 @@ def test_entry_points_fuzzed(name: str, data: st.DataObject) -> None:
         pass
     finally:
         _PLAN.roll_back()
+        _CUDA_PLAN.roll_back()
 
 
 @pytest.mark.parametrize("plain", [[], [torch.Tensor, int], [torch.nn.Parameter], 3])

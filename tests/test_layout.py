@@ -19,6 +19,7 @@ from tests.cases import (
     BACKENDS,
     CASES,
     DTYPES,
+    NATIVE,
     SHORT,
     Case,
     check_against_oracle,
@@ -91,9 +92,12 @@ def test_every_layout_of_param_and_gradient(
                 assert torch.equal(after, before), "memory between the elements was written"
 
 
+@pytest.mark.parametrize("backend", NATIVE)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", SHORT, ids=str)
-def test_storage_offsets_of_param_gradient_and_state(case: Case, dtype: torch.dtype) -> None:
+def test_storage_offsets_of_param_gradient_and_state(
+    case: Case, dtype: torch.dtype, backend: str
+) -> None:
     params, memory = [], []
     generator = torch.Generator().manual_seed(0)
     for offset in range(1, 17):
@@ -101,7 +105,7 @@ def test_storage_offsets_of_param_gradient_and_state(case: Case, dtype: torch.dt
         base[offset : offset + 130] = signed((130,), generator).to(dtype)
         memory.append((base, offset))
         params.append(torch.nn.Parameter(base[offset : offset + 130]))
-    optimizer = case.fused(params, backend="cpu", **case.options)
+    optimizer = case.fused(params, backend=backend, **case.options)
     new_grads(params, generator)
     optimizer.step()
     for i, p in enumerate(params):
@@ -153,7 +157,8 @@ def test_negated_gradients_without_gaps(shape: tuple[int, ...], tensor_access: s
         assert torch.equal(param, -grad.resolve_neg())
 
 
-def test_lazily_negated_and_conjugated_gradients() -> None:
+@pytest.mark.parametrize("backend", NATIVE)
+def test_lazily_negated_and_conjugated_gradients(backend: str) -> None:
     real = [torch.nn.Parameter(torch.randn(5, 3)) for _ in range(2)]
     values = torch.randn(5, 3, dtype=torch.complex64)
     real[0].grad = values.conj().imag  # a view with the negative bit
@@ -166,7 +171,7 @@ def test_lazily_negated_and_conjugated_gradients() -> None:
         with torch.no_grad():
             pair[1].copy_(pair[0])
         for p in pair:
-            fusedopt.FusedAdamW([p], lr=0.1, backend="cpu").step()
+            fusedopt.FusedAdamW([p], lr=0.1, backend=backend).step()
         assert torch.equal(pair[0], pair[1])
 
 
@@ -202,14 +207,16 @@ def test_empty_tensors_anywhere(case: Case, backend: str) -> None:
         check_against_oracle(case, optimizer, params)
 
 
-def test_many_tiny_tensors_with_empties() -> None:
+@pytest.mark.parametrize("backend", NATIVE)
+def test_many_tiny_tensors_with_empties(backend: str) -> None:
     sizes = [0 if i % 7 == 0 else 1 + (i * 37) % 50 for i in range(700)]
     params = make_params(sizes, torch.float32)
-    optimizer = fusedopt.FusedAdamW(params, lr=0.01, backend="cpu")
+    optimizer = fusedopt.FusedAdamW(params, lr=0.01, backend=backend)
     check_against_oracle(CASES[0], optimizer, params)
 
 
-def test_ten_thousand_tensors_equal_one() -> None:
+@pytest.mark.parametrize("backend", NATIVE)
+def test_ten_thousand_tensors_equal_one(backend: str) -> None:
     generator = torch.Generator().manual_seed(0)
     whole, grad = (torch.randn(10_000, 13, generator=generator) for _ in range(2))
     one = torch.nn.Parameter(whole.clone())
@@ -218,7 +225,7 @@ def test_ten_thousand_tensors_equal_one() -> None:
     for p, g in zip(many, grad, strict=True):
         p.grad = g.clone()
     for params in ([one], many):
-        optimizer = fusedopt.FusedAdamW(params, lr=0.01, max_grad_norm=1e9, backend="cpu")
+        optimizer = fusedopt.FusedAdamW(params, lr=0.01, max_grad_norm=1e9, backend=backend)
         optimizer.step()
         assert optimizer.grad_norm is not None
         torch.testing.assert_close(optimizer.grad_norm, grad.norm(), rtol=1e-6, atol=0)
@@ -246,9 +253,10 @@ def permuted(values: Tensor, order: list[int], gaps: bool) -> Tensor:
     return memory.permute(inverse).copy_(values)
 
 
+@pytest.mark.parametrize("backend", NATIVE)
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(models(), st.sampled_from(SHORT), st.randoms(use_true_random=False))
-def test_any_model_matches_the_oracle(model: Any, case: Case, random: Any) -> None:
+def test_any_model_matches_the_oracle(backend: str, model: Any, case: Case, random: Any) -> None:
     generator = torch.Generator().manual_seed(random.getrandbits(30))
     groups = []
     for tensors in model:
@@ -258,7 +266,7 @@ def test_any_model_matches_the_oracle(model: Any, case: Case, random: Any) -> No
             params.append(torch.nn.Parameter(permuted(p.detach(), order, gaps)))
         groups.append({"params": params, "lr": random.uniform(0, 0.1)})
     flat = [p for g in groups for p in g["params"]]
-    optimizer = case.fused(groups, backend="cpu", **case.options)
+    optimizer = case.fused(groups, backend=backend, **case.options)
     for _ in range(2):
         new_grads(flat, generator)
         for p in flat:
@@ -301,8 +309,9 @@ def available_memory() -> int:
     return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
 
 
+@pytest.mark.parametrize("backend", NATIVE)
 @pytest.mark.parametrize("numel", [2**31 + 1, 2**32 + 1])
-def test_more_elements_than_32_bits_can_count(numel: int) -> None:
+def test_more_elements_than_32_bits_can_count(numel: int, backend: str) -> None:
     if numel > 2**32 and "FUSEDOPT_TEST_HUGE" not in os.environ:
         pytest.skip("takes minutes; set FUSEDOPT_TEST_HUGE=1 to run it")
     if available_memory() < 2 * 2 * numel + 3e9:
@@ -313,15 +322,16 @@ def test_more_elements_than_32_bits_can_count(numel: int) -> None:
         grad[begin : begin + pattern.numel()] = pattern[: numel - begin]
     param = torch.nn.Parameter(torch.zeros(numel, dtype=torch.bfloat16))
     param.grad = grad
-    fusedopt.FusedSGD([param], lr=1.0, backend="cpu").step()
+    fusedopt.FusedSGD([param], lr=1.0, backend=backend).step()
     for new, old in zip(param.detach().split(2**28), grad.split(2**28), strict=True):
         assert torch.equal(new, -old)
 
 
-def test_an_expanded_param_is_refused() -> None:
+@pytest.mark.parametrize("backend", NATIVE)
+def test_an_expanded_param_is_refused(backend: str) -> None:
     param = torch.nn.Parameter(torch.ones(1).expand(4))
     param.grad = torch.ones(4)
-    optimizer = fusedopt.FusedAdamW([param], backend="cpu")
+    optimizer = fusedopt.FusedAdamW([param], backend=backend)
     with pytest.raises(RuntimeError, match=r'param_groups\[0\]\["params"\]\[0\] is expanded'):
         optimizer.step()
     assert not optimizer.state

@@ -18,6 +18,7 @@ from tests.cases import (
     BACKENDS,
     CASES,
     DTYPES,
+    NATIVE,
     SHORT,
     SIZES,
     Case,
@@ -74,9 +75,10 @@ def test_mixed_dtypes_in_one_group(case: Case, backend: str) -> None:
         check_against_oracle(case, optimizer, params)
 
 
-def test_state_dtypes_that_differ_within_one_param() -> None:
+@pytest.mark.parametrize("backend", NATIVE)
+def test_state_dtypes_that_differ_within_one_param(backend: str) -> None:
     params = make_params([700, 70001], torch.bfloat16)
-    optimizer = fusedopt.FusedAdamW(params, lr=0.01, backend="cpu")
+    optimizer = fusedopt.FusedAdamW(params, lr=0.01, backend=backend)
     optimizer.step()
     for p in params:
         optimizer.state[p]["exp_avg_sq"] = optimizer.state[p]["exp_avg_sq"].float()

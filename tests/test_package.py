@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -11,6 +13,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 from fusedopt import __main__ as report
 
@@ -76,7 +79,7 @@ def test_wheel_from_the_sdist(sdist: Path, tmp_path: Path) -> None:
     for wanted in ("csrc/rules/adamw.h", "csrc/cpu/kernels.h", "tests/cases.py", "LICENSE"):
         assert any(name.endswith(wanted) for name in names), wanted
     run([*PIP, "wheel", "--no-deps", "-w", str(tmp_path), str(sdist)], tmp_path,
-        FUSEDOPT_REQUIRE_NATIVE="1")  # fmt: skip
+        FUSEDOPT_REQUIRE_NATIVE="1", FUSEDOPT_CUDA_ARCHS="90")  # fmt: skip
     (wheel,) = tmp_path.glob("*.whl")
     inside = zipfile.ZipFile(wheel).namelist()
     for wanted in ("py.typed", "_C.pyi", "triton_kernels/__init__.py", "backends/cpu.py"):
@@ -86,6 +89,19 @@ def test_wheel_from_the_sdist(sdist: Path, tmp_path: Path) -> None:
     site = tmp_path / "site"
     run([*PIP, "install", "--no-deps", "--target", str(site), str(wheel)], tmp_path)
     assert smoke(tmp_path, site) == "cpu"
+    shown = report_of(site, tmp_path / "empty")
+    if shutil.which("nvcc"):
+        assert re.search(r"cuda_archs +90 \+PTX", shown)
+        if not torch.cuda.is_available():
+            assert re.search(r"  cuda +torch finds no CUDA device", shown)
+    else:
+        assert "fusedopt was built without CUDA" in shown
+
+
+def report_of(site: Path, folder: Path) -> str:
+    """What `python -m fusedopt` prints for the package in `site`."""
+    script = ALONE + "import runpy; runpy.run_module('fusedopt', run_name='__main__')"
+    return run([sys.executable, "-c", script], folder, PYTHONPATH=str(site)).stdout
 
 
 def test_install_without_a_compiler(sdist: Path, tmp_path: Path) -> None:
@@ -93,14 +109,12 @@ def test_install_without_a_compiler(sdist: Path, tmp_path: Path) -> None:
     done = run(
         [*PIP[:-1], "install", "-v", "--no-deps", "--no-build-isolation", "--target", str(site),
          str(sdist)],
-        tmp_path, CC="/nonexistent/cc", CXX="/nonexistent/c++",
+        tmp_path, CC="/nonexistent/cc", CXX="/nonexistent/c++", FUSEDOPT_CUDA_ARCHS="none",
     )  # fmt: skip
     assert "the native extension was not built" in done.stdout + done.stderr
     assert not list((site / "fusedopt").glob("_C.*.so"))
     assert smoke(tmp_path, site) == "reference"
-    script = ALONE + "import runpy; runpy.run_module('fusedopt', run_name='__main__')"
-    command = [sys.executable, "-c", script]
-    shown = run(command, tmp_path / "empty", PYTHONPATH=str(site)).stdout
+    shown = report_of(site, tmp_path / "empty")
     assert "cpu        the native extension is not there" in shown
     assert "reference  available, self-test passed" in shown
 
@@ -110,7 +124,7 @@ def test_a_failing_build_is_an_error_where_asked(sdist: Path, tmp_path: Path) ->
         [*PIP, "install", "--no-deps", "--no-build-isolation", "--target", str(tmp_path),
          str(sdist)],
         env={**os.environ, "CC": "/nonexistent/cc", "CXX": "/nonexistent/c++",
-             "FUSEDOPT_REQUIRE_NATIVE": "1"},
+             "FUSEDOPT_REQUIRE_NATIVE": "1", "FUSEDOPT_CUDA_ARCHS": "none"},
         capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert done.returncode != 0

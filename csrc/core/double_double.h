@@ -8,55 +8,57 @@
 #include <cmath>
 #include <cstdint>
 
+#include "core/dtype.h"
+
 namespace fusedopt {
 
 struct DoubleDouble {
   double high, low;
 
-  DoubleDouble(double value) : high(value), low(0) {}  // NOLINT: a double is one
-  DoubleDouble(double h, double l) : high(h), low(l) {}
-  explicit operator double() const { return high + low; }
+  FUSEDOPT_FN DoubleDouble(double value) : high(value), low(0) {}  // NOLINT: a double is one
+  FUSEDOPT_FN DoubleDouble(double h, double l) : high(h), low(l) {}
+  FUSEDOPT_FN explicit operator double() const { return high + low; }
 };
 
 // a + b exactly, for |a| >= |b|.
-inline DoubleDouble fast_sum(double a, double b) {
+FUSEDOPT_FN DoubleDouble fast_sum(double a, double b) {
   const double sum = a + b;
   return {sum, b - (sum - a)};
 }
 
-inline DoubleDouble exact_sum(double a, double b) {
+FUSEDOPT_FN DoubleDouble exact_sum(double a, double b) {
   const double sum = a + b, part = sum - a;
   return {sum, (a - (sum - part)) + (b - part)};
 }
 
-inline DoubleDouble exact_product(double a, double b) {
+FUSEDOPT_FN DoubleDouble exact_product(double a, double b) {
   const double product = a * b;
-  return {product, std::fma(a, b, -product)};
+  return {product, ::fma(a, b, -product)};
 }
 
-inline DoubleDouble operator+(DoubleDouble a, DoubleDouble b) {
+FUSEDOPT_FN DoubleDouble operator+(DoubleDouble a, DoubleDouble b) {
   const DoubleDouble sum = exact_sum(a.high, b.high);
   return fast_sum(sum.high, sum.low + (a.low + b.low));
 }
 
-inline DoubleDouble operator-(DoubleDouble a, DoubleDouble b) {
+FUSEDOPT_FN DoubleDouble operator-(DoubleDouble a, DoubleDouble b) {
   return a + DoubleDouble(-b.high, -b.low);
 }
 
-inline DoubleDouble operator*(DoubleDouble a, DoubleDouble b) {
+FUSEDOPT_FN DoubleDouble operator*(DoubleDouble a, DoubleDouble b) {
   const DoubleDouble product = exact_product(a.high, b.high);
   return fast_sum(product.high, product.low + (a.high * b.low + a.low * b.high));
 }
 
-inline DoubleDouble operator/(DoubleDouble a, DoubleDouble b) {
+FUSEDOPT_FN DoubleDouble operator/(DoubleDouble a, DoubleDouble b) {
   const double first = a.high / b.high;
   const DoubleDouble rest = a - b * first;
   return fast_sum(first, rest.high / b.high);
 }
 
-inline DoubleDouble square_root(DoubleDouble a) {
-  if (a.high <= 0) return std::sqrt(a.high);
-  const double first = std::sqrt(a.high);
+FUSEDOPT_FN DoubleDouble square_root(DoubleDouble a) {
+  if (a.high <= 0) return ::sqrt(a.high);
+  const double first = ::sqrt(a.high);
   const DoubleDouble rest = a - exact_product(first, first);
   return fast_sum(first, rest.high / (2 * first));
 }
@@ -64,7 +66,7 @@ inline DoubleDouble square_root(DoubleDouble a) {
 // 1 - base^n for a whole n >= 1 and 0 <= base < 1, without the cancellation of that subtraction.
 // With a = 1 - base^i and b = 1 - base^j, 1 - base^(i + j) is a + b (1 - a), a sum of terms of one
 // sign; i and j run over the powers of two in n.
-inline DoubleDouble one_minus_power(double base, double n) {
+FUSEDOPT_FN DoubleDouble one_minus_power(double base, double n) {
   if (!(n < 0x1p62)) return n != n ? n : 1.0;  // past int64
   DoubleDouble result = 0, power = DoubleDouble(1) - base;
   for (int64_t bits = static_cast<int64_t>(n); bits > 0; bits >>= 1) {

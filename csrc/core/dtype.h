@@ -1,7 +1,8 @@
 // Storage dtypes and their conversion to the type that the maths runs in.
 //
 // Widening is exact. Narrowing rounds once, to nearest even, and keeps NaN a NaN. All conversions
-// are branch-free on 32-bit integers, so that a compiler vectorises a loop over them.
+// are branch-free on 32-bit integers, so that a compiler vectorises a loop over them; a GPU has
+// instructions for most of them, with the same results but for the payload of a NaN.
 #pragma once
 
 #include <cstddef>
@@ -63,6 +64,11 @@ FUSEDOPT_FN double widen(double x) { return x; }
 FUSEDOPT_FN float widen(bfloat16 x) { return bits_float(static_cast<uint32_t>(x) << 16); }
 
 FUSEDOPT_FN float widen(float16 x) {
+#if defined(__CUDA_ARCH__)
+  float wide;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(static_cast<uint16_t>(x)));
+  return wide;
+#else
   const uint32_t sign = (static_cast<uint32_t>(x) & 0x8000u) << 16;
   const uint32_t magnitude = static_cast<uint32_t>(x) & 0x7fffu;
   const uint32_t exponent = magnitude & 0x7c00u;
@@ -71,6 +77,7 @@ FUSEDOPT_FN float widen(float16 x) {
   const uint32_t rebias = exponent == 0x7c00u ? (255u - 31u) << 23 : (127u - 15u) << 23;
   const uint32_t normal = (magnitude << 13) + rebias;
   return bits_float((exponent == 0 ? subnormal : normal) | sign);
+#endif
 }
 
 FUSEDOPT_FN void narrow(float x, float* out) { *out = x; }
@@ -86,7 +93,13 @@ FUSEDOPT_FN uint32_t rounded_bits(float x) {
   return x != x ? nan : rounded;
 }
 FUSEDOPT_FN void narrow(float x, bfloat16* out) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  uint16_t bits;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(x));
+  *out = static_cast<bfloat16>(bits);
+#else
   *out = static_cast<bfloat16>(rounded_bits(x) >> 16);
+#endif
 }
 
 // Two bfloat16 in one 32-bit word, as they lie in memory (little-endian): no lane changes its width
@@ -102,6 +115,11 @@ FUSEDOPT_FN uint32_t narrow_pair(FloatPair x) {
 }
 
 FUSEDOPT_FN void narrow(float x, float16* out) {
+#if defined(__CUDA_ARCH__)
+  uint16_t bits;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(x));
+  *out = static_cast<float16>(bits);
+#else
   const uint32_t bits = float_bits(x);
   const uint32_t sign = (bits >> 16) & 0x8000u;
   const uint32_t magnitude = bits & 0x7fffffffu;
@@ -113,6 +131,7 @@ FUSEDOPT_FN void narrow(float x, float16* out) {
   uint32_t half = magnitude < 0x38800000u ? subnormal : normal;
   half = magnitude > 0x7f800000u ? 0x7e00u : half;
   *out = static_cast<float16>(half | sign);
+#endif
 }
 
 // float64 maths stored in 16 bits goes through float32 rounded to odd, so that the second rounding

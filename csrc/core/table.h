@@ -5,6 +5,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <vector>
 
 #include "core/dtype.h"
 
@@ -31,11 +32,14 @@ struct Row {
   uint8_t variant;  // of the rule
   uint8_t states;   // how many state tensors are in use
   uint8_t first;    // 1 when the state was created for this step
+  uint8_t loop;     // Loop of core/dispatch.h
 };
 
-// One param group: hyperparameters in the order of the rule's Hyper struct.
+// One param group: hyperparameters in the order of the rule's Hyper struct, which begins with lr.
 struct Group {
   double hyper[kMaxHyper];
+  void* lr;  // an lr that lies in device memory; else null
+  DType lr_dtype;
   bool maximize;
 };
 
@@ -47,16 +51,11 @@ struct Layout {
   int64_t stride[kOperands][kMaxDims];
 };
 
-// A run of elements of one row that one thread (or block) takes at a time.
-struct Chunk {
-  int32_t row;
-  int32_t count;
-  int64_t begin;
+struct TableView {
+  const std::vector<Row>& rows;
+  const std::vector<Group>& groups;
+  const std::vector<Layout>& layouts;
 };
-
-// A multiple of every vector width and of 64 bytes in every dtype, so that chunks of an aligned
-// tensor start on cache lines.
-inline constexpr int32_t kChunkElements = 1 << 16;
 
 // What the driver does to each gradient element before the rule sees it:
 // grad = clamp(grad * factor, -limit, limit). The factor carries unscaling, clip_coef and the sign

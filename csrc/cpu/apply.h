@@ -2,18 +2,11 @@
 #pragma once
 
 #include <limits>
-#include <vector>
 
 #include "core/table.h"
 #include "rules/registry.h"
 
 namespace fusedopt::cpu {
-
-struct TableView {
-  const std::vector<Row>& rows;
-  const std::vector<Group>& groups;
-  const std::vector<Layout>& layouts;
-};
 
 struct StepOptions {
   bool norm = false;  // compute the total norm, and clip to max_norm

@@ -218,18 +218,18 @@ void update_fused(const Row& row, int64_t begin, int64_t count, const GradTransf
 template <class Rule, int kVariant>
 void update_variant(const Row& row, const Layout* layout, int64_t begin, int64_t count,
                     const GradTransform& transform, const ScalarsPair<Rule>& scalars) {
-  constexpr int kStates = Rule::states(kVariant);
-  const DType state_dtype = kStates > 0 ? row.dtype[kState0] : row.dtype[kParam];
-  bool uniform = layout == nullptr && !transform.clamp && row.dtype[kGrad] == row.dtype[kParam];
-  for (int k = 1; k < kStates; ++k) uniform &= row.dtype[kState0 + k] == state_dtype;
-  bool wide = false;  // one float64 operand is enough to do the maths in float64
-  for (int k = 0; k < kState0 + kStates; ++k) wide |= row.dtype[k] == DType::kFloat64;
-#define FUSEDOPT_CASE(P, S)                                  \
-  if (uniform && row.dtype[kParam] == P && state_dtype == S) \
+  if (!transform.clamp) {
+    switch (row.loop) {
+#define FUSEDOPT_CASE(index, P, S) \
+  case index:                      \
     return update_fused<Rule, kVariant, P, S>(row, begin, count, transform, scalars);
-  FUSEDOPT_FUSED_DTYPES(FUSEDOPT_CASE)
+      FUSEDOPT_FUSED_DTYPES(FUSEDOPT_CASE)
 #undef FUSEDOPT_CASE
-  if (wide)
+      default:
+        break;
+    }
+  }
+  if (row.loop == kAnyDouble || row.dtype[kParam] == DType::kFloat64)
     return update_blocks<Rule, kVariant, double>(row, layout, begin, count, transform, scalars);
   update_blocks<Rule, kVariant, float>(row, layout, begin, count, transform, scalars);
 }

@@ -9,6 +9,17 @@
 
 namespace fusedopt::cpu {
 
+// A run of elements of one row that one thread takes at a time.
+struct Chunk {
+  int32_t row;
+  int32_t count;
+  int64_t begin;
+};
+
+// A multiple of every vector width and of 64 bytes in every dtype, so that chunks of an aligned
+// tensor start on cache lines.
+inline constexpr int32_t kChunkElements = 1 << 16;
+
 struct Schedule {
   std::vector<Chunk> chunks;
   std::vector<int32_t> task_ends;  // a task is a run of chunks of about kChunkElements in all

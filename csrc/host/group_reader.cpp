@@ -2,6 +2,9 @@
 
 #include <algorithm>
 
+#include "host/tensor_access.h"
+#include "host/tensor_list.h"
+
 namespace fusedopt::host {
 namespace {
 
@@ -18,12 +21,24 @@ std::vector<PyObject*> names(const std::vector<std::string>& hyper_keys) {
 
 }  // namespace
 
-GroupReader::GroupReader(const std::vector<std::string>& hyper_keys) : reader_(names(hyper_keys)) {
+GroupReader::GroupReader(const std::vector<std::string>& hyper_keys,
+                         std::optional<dlpack::DeviceType> on_device)
+    : on_device_(on_device), reader_(names(hyper_keys)) {
   for (const std::string& key : hyper_keys) {
     const size_t bracket = key.find('[');
     const int count = bracket == std::string::npos ? 1 : key[bracket + 1] - '0';
     keys_.push_back({interned(base_name(key).c_str()), count});
   }
+}
+
+bool GroupReader::take_address(PyObject* lr, Group* out) const {
+  const TensorAccess& access = TensorAccess::instance();
+  TensorView view;
+  if (!on_device_ || !access.is_plain(lr) || !access.read(lr, &view) || view.numel() != 1 ||
+      view.dl.device.type != *on_device_ || !floating_dtype(view.dl, &out->lr_dtype))
+    return false;
+  out->lr = static_cast<char*>(view.dl.data) + view.dl.byte_offset;
+  return true;
 }
 
 Ref GroupReader::read(PyObject* group, size_t index, Group* out) {
@@ -51,6 +66,7 @@ Ref GroupReader::read(PyObject* group, size_t index, Group* out) {
   if (!values[kParamsKey]) raise(PyExc_KeyError, where() + " has no \"params\"");
 
   std::fill(std::begin(out->hyper), std::end(out->hyper), 0.0);
+  out->lr = nullptr;
   int slot = 0;
   for (size_t k = 0; k < keys_.size(); ++k) {
     const Key& key = keys_[k];
@@ -58,6 +74,10 @@ Ref GroupReader::read(PyObject* group, size_t index, Group* out) {
     if (value == nullptr) {
       PyErr_SetObject(PyExc_KeyError, key.name);
       throw PythonError{};
+    }
+    if (k == 0 && take_address(value, out)) {
+      ++slot;
+      continue;
     }
     if (key.count == 1) {
       out->hyper[slot++] = number(value, key.name);

@@ -6,18 +6,6 @@
 namespace fusedopt::host {
 namespace {
 
-// Lets other Python threads run while it lives.
-class WithoutGil {
- public:
-  WithoutGil() : thread_(PyEval_SaveThread()) {}
-  ~WithoutGil() { PyEval_RestoreThread(thread_); }
-  WithoutGil(const WithoutGil&) = delete;
-  WithoutGil& operator=(const WithoutGil&) = delete;
-
- private:
-  PyThreadState* thread_;
-};
-
 std::vector<PyObject*> state_names(const RuleKeys& keys) {
   std::vector<PyObject*> names;
   for (const std::string& key : keys.state) names.push_back(interned(key.c_str()));
@@ -27,39 +15,25 @@ std::vector<PyObject*> state_names(const RuleKeys& keys) {
 
 }  // namespace
 
-Plan::Plan(const RuleKeys& keys)
+Plan::Plan(const RuleKeys& keys, dlpack::DeviceType device, bool reads_device_lr)
     : rule_(keys.id),
+      device_(device),
       has_step_(keys.has_step),
       state_keys_(state_names(keys)),
-      group_reader_(keys.hyper),
+      group_reader_(keys.hyper, reads_device_lr ? std::optional(device) : std::nullopt),
       state_reader_(state_names(keys)) {}
-
-std::string Plan::step(PyObject* param_groups, PyObject* state, PyObject* host,
-                       const cpu::StepOptions& options, cpu::StepResult* result) {
-  enter();
-  build_or_roll_back(param_groups, state, host);
-  if (reason_.empty()) *result = run(options);
-  return reason_;
-}
 
 std::string Plan::refresh(PyObject* param_groups, PyObject* state, PyObject* host) {
   enter();
-  build_or_roll_back(param_groups, state, host);
+  build_or_take_back(param_groups, state, host);
   if (!reason_.empty()) return reason_;
   hold_grads();
   phase_ = Phase::kTable;
   return "";
 }
 
-double Plan::squared_norm(int threads) {
-  if (phase_ != Phase::kTable) raise(PyExc_RuntimeError, "squared_norm() needs refresh() first");
-  return cpu::squared_norm({rows_, groups_, layouts_}, threads);
-}
-
-cpu::StepResult Plan::apply(const cpu::StepOptions& options) {
-  if (phase_ != Phase::kTable) raise(PyExc_RuntimeError, "apply() needs refresh() first");
-  phase_ = Phase::kRunning;
-  return run(options);
+void Plan::need_table() const {
+  if (phase_ != Phase::kTable) raise(PyExc_RuntimeError, "this needs refresh() first");
 }
 
 void Plan::roll_back() {
@@ -84,7 +58,7 @@ void Plan::enter() {
   thread_ = self;
 }
 
-void Plan::build_or_roll_back(PyObject* param_groups, PyObject* state, PyObject* host) {
+void Plan::build_or_take_back(PyObject* param_groups, PyObject* state, PyObject* host) {
   host_ = host;
   state_ = state;
   reason_.clear();
@@ -93,35 +67,19 @@ void Plan::build_or_roll_back(PyObject* param_groups, PyObject* state, PyObject*
     if (!PyDict_Check(state)) raise(PyExc_TypeError, "state must be a dict");
     if (!build(param_groups)) take_back();
   } catch (...) {
-    PyObject *type, *value, *trace;
-    PyErr_Fetch(&type, &value, &trace);
-    take_back();
-    PyErr_Restore(type, value, trace);
+    take_back_after_error();
     throw;
   }
 }
 
-cpu::StepResult Plan::run(const cpu::StepOptions& options) {
-  // A short step keeps the GIL: to hold its gradients would cost more than the step.
-  constexpr int64_t kLongStep = 1 << 20, kLongRow = 1 << 14;
-  const int64_t rows = static_cast<int64_t>(rows_.size());
-  const cpu::TableView table{rows_, groups_, layouts_};
-  cpu::StepResult result;
-  if (elements_ >= kLongStep && elements_ / rows >= kLongRow) {
-    hold_grads();
-    const WithoutGil unlocked;
-    result = cpu::apply(rule_, table, options);
-  } else {
-    result = cpu::apply(rule_, table, options);
-  }
-  if (result.skipped) {
-    take_back();
-    return result;
-  }
-  TensorAccess::instance().bump_versions(params_);
-  clear();
-  return result;
+void Plan::take_back_after_error() {
+  PyObject *type, *value, *trace;
+  PyErr_Fetch(&type, &value, &trace);
+  take_back();
+  PyErr_Restore(type, value, trace);
 }
+
+void Plan::bump_versions() { TensorAccess::instance().bump_versions(params_); }
 
 void Plan::take_back() {
   for (auto it = created_.rbegin(); it != created_.rend(); ++it)

@@ -15,7 +15,6 @@
 #include <vector>
 
 #include "core/table.h"
-#include "cpu/apply.h"
 #include "host/dict_reader.h"
 #include "host/group_reader.h"
 #include "host/state_index.h"
@@ -34,22 +33,44 @@ struct RuleKeys {
 
 class Plan {
  public:
-  explicit Plan(const RuleKeys& keys);
+  // A plan takes tensors of one kind of device. Its driver may read a tensor lr where it lies.
+  Plan(const RuleKeys& keys, dlpack::DeviceType device, bool reads_device_lr);
 
-  // One step. `host` is called for what is rare: new_state(param, key) for state that is missing;
-  // resolve(tensor, role, group, index) for a plain tensor in place of a complex, sparse or
-  // otherwise odd one, or None; normalise_step(state) to replace state["step"] by a 0-dim float32
-  // CPU tensor. Returns "" or the reason why the native drivers cannot serve these tensors; on a
-  // reason or an exception nothing has changed.
-  std::string step(PyObject* param_groups, PyObject* state, PyObject* host,
-                   const cpu::StepOptions& options, cpu::StepResult* result);
+  // One step: builds the table, and calls run(), which hands it to a driver and returns whether the
+  // step was skipped. `host` is called for what is rare: new_state(param, key) for state that is
+  // missing; resolve(tensor, role, group, index) for a plain tensor in place of a complex, sparse
+  // or otherwise odd one, or None; normalise_step(state) to replace state["step"] by a 0-dim
+  // float32 CPU tensor. Returns "" or the reason why the native drivers cannot serve these tensors;
+  // on a reason or an exception nothing has changed.
+  template <class Run>
+  std::string step(PyObject* param_groups, PyObject* state, PyObject* host, Run run) {
+    enter();
+    build_or_take_back(param_groups, state, host);
+    if (reason_.empty()) finish(run);
+    return reason_;
+  }
 
   // The same in parts, for a norm that is reduced over ranks: refresh builds the table, apply runs
   // over it and clears it, roll_back clears it and takes back the state that refresh created.
   std::string refresh(PyObject* param_groups, PyObject* state, PyObject* host);
-  double squared_norm(int threads);
-  cpu::StepResult apply(const cpu::StepOptions& options);
+  template <class Run>
+  void apply(Run run) {
+    need_table();
+    phase_ = Phase::kRunning;
+    finish(run);
+  }
   void roll_back();
+
+  // For run(), and between refresh and apply.
+  RuleId rule() const { return rule_; }
+  TableView table() const { return {rows_, groups_, layouts_}; }
+  int64_t elements() const { return elements_; }
+  int device_index() const { return device_index_; }  // of all tensors
+  bool has_created_state() const { return !created_.empty(); }
+  PyObject* host() const { return host_; }
+  void need_table() const;
+  // From here on Python code may run, in this thread or another, and drop a gradient.
+  void hold_grads();
 
   size_t rows() const { return rows_.size(); }
   size_t flat_rows() const;
@@ -74,23 +95,41 @@ class Plan {
 
   // plan.cpp: the table's life.
   void enter();
-  void build_or_roll_back(PyObject* param_groups, PyObject* state, PyObject* host);
-  cpu::StepResult run(const cpu::StepOptions& options);
+  void build_or_take_back(PyObject* param_groups, PyObject* state, PyObject* host);
+  void take_back_after_error();
   void take_back();
+  void bump_versions();
   void clear();
+
+  template <class Run>
+  void finish(Run run) {
+    bool skipped = false;
+    try {
+      skipped = run();
+    } catch (...) {
+      take_back_after_error();
+      throw;
+    }
+    if (skipped) {
+      take_back();
+    } else {
+      bump_versions();
+      clear();
+    }
+  }
 
   // plan_rows.cpp: from tensors to rows.
   bool build(PyObject* param_groups);
   void find_candidates(const std::vector<Ref>& lists);
   bool find_states();
   void prefetch(size_t candidate) const;
-  void hold_grads();
   bool add_row(Candidate* candidate);
   bool read_operand(PyObject* object, int operand, TensorView* view, DType* dtype);
   bool read_grad(Candidate* candidate, TensorView* view, DType* dtype);
   bool read_state(Candidate* candidate, Operands* operands, Row* row);
   void read_step(Candidate* candidate, Row* row);
   void create(Candidate* candidate, size_t key);
+  bool on_device(const TensorView& view);
   bool place(const Operands& operands, int count, Row* row);
   Ref resolve(PyObject* tensor, int operand);
   std::string where() const;
@@ -98,6 +137,7 @@ class Plan {
   bool refuse(const std::string& reason);
 
   const RuleId rule_;
+  const dlpack::DeviceType device_;
   const bool has_step_;
   std::vector<PyObject*> state_keys_;  // the state tensors, then "step" if the rule has one
   GroupReader group_reader_;
@@ -108,6 +148,7 @@ class Plan {
   std::vector<Group> groups_;
   std::vector<Layout> layouts_;
   int64_t elements_ = 0;
+  int device_index_ = 0;
 
   // What it was made of, and keeps alive.
   std::vector<Candidate> candidates_;

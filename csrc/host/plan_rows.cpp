@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "core/dispatch.h"
 #include "host/layout.h"
 #include "host/plan.h"
 #include "host/tensor_list.h"
@@ -158,8 +159,7 @@ void Plan::prefetch(size_t c) const {
   }
 }
 
-// From here on Python code may run, in this thread or another, and drop a gradient. Until here
-// none has run since the gradients were found.
+// Until here no Python code has run since the gradients were found.
 void Plan::hold_grads() {
   if (grads_held_) return;
   grads_held_ = true;
@@ -185,9 +185,10 @@ bool Plan::add_row(Candidate* candidate) {
   Operands operands;
   TensorView* view = operands.view;
   if (!read_operand(candidate->param.get(), kParam, &view[kParam], &row.dtype[kParam]) ||
-      !read_grad(candidate, &view[kGrad], &row.dtype[kGrad]) ||
+      !on_device(view[kParam]) || !read_grad(candidate, &view[kGrad], &row.dtype[kGrad]) ||
       !read_state(candidate, &operands, &row) || !place(operands, kState0 + row.states, &row))
     return false;
+  row.loop = choose_loop(row);
   elements_ += row.numel;
   rows_.push_back(row);
   params_.push_back(candidate->param.get());
@@ -259,23 +260,33 @@ void Plan::read_step(Candidate* candidate, Row* row) {
   TensorView view;
   const auto good = [&] {
     return access.is_plain(step.get()) && access.read(step.get(), &view) && view.dl.ndim == 0 &&
-           view.dl.device.type == dlpack::kCPU && view.dl.dtype.code == dlpack::kFloat &&
-           view.dl.dtype.bits == 32 && view.dl.data != nullptr;
+           view.dl.device.type == device_ && view.dl.device.index == device_index_ &&
+           view.dl.dtype.code == dlpack::kFloat && view.dl.dtype.bits == 32 &&
+           view.dl.data != nullptr;
   };
   if (!step) create(candidate, key);
   if (!good()) {
     hold_grads();
     PyObject* entry = candidate->entry.get();
-    Ref::checked(PyObject_CallMethod(host_, "normalise_step", "O", entry));
+    Ref::checked(PyObject_CallMethod(host_, "normalise_step", "OO", candidate->param.get(), entry));
     step = Ref::borrow(PyDict_GetItemWithError(entry, state_keys_[key]));
     if (!step || !good())
       raise(PyExc_TypeError,
             "the step of " + where() + " must be a number or a one-element tensor");
   }
   row->step = static_cast<float*>(view.dl.data);
-  if (!(*row->step >= 0))
+  if (device_ == dlpack::kCPU && !(*row->step >= 0))
     raise(PyExc_ValueError,
           "the step of " + where() + " must be a number >= 0, got " + std::to_string(*row->step));
+}
+
+bool Plan::on_device(const TensorView& view) {
+  if (view.dl.device.type != device_)
+    return refuse(where() + (device_ == dlpack::kCPU ? " is not on the CPU" : " is not on a GPU"));
+  if (rows_.empty()) device_index_ = view.dl.device.index;
+  if (view.dl.device.index != device_index_)
+    return refuse(where() + " is on another device than the params before it");
+  return true;
 }
 
 // Checks the operands against each other, and finds the order in which to walk them.
@@ -284,7 +295,7 @@ bool Plan::place(const Operands& operands, int count, Row* row) {
   for (int k = 0; k < count; ++k) {
     const TensorView& view = operands.view[k];
     views[k] = &view;
-    if (view.dl.device.type != dlpack::kCPU) return refuse(where() + " is not on the CPU");
+    if (!on_device(view)) return false;
     if (!same_shape(view, operands.view[kParam]))
       raise(PyExc_ValueError, "the " + role(k) + " of " + where() + " has shape " +
                                   shape_text(view) + ", expected " +

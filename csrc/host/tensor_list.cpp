@@ -24,7 +24,8 @@ bool floating_dtype(const dlpack::Tensor& dl, DType* dtype) {
   return false;
 }
 
-TensorList::TensorList(PyObject* tensors, bool written) {
+TensorList::TensorList(PyObject* tensors, bool written, dlpack::DeviceType device)
+    : device_(device) {
   const Ref list = Ref::checked(PySequence_Fast(tensors, "tensors must be a list"));
   for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(list.get()) && reason_.empty(); ++i)
     reason_ = add(PySequence_Fast_GET_ITEM(list.get(), i), written);
@@ -35,10 +36,12 @@ std::string TensorList::add(PyObject* tensor, bool written) {
   TensorView view;
   Row row{};
   if (!access.is_plain(tensor) || !access.read(tensor, &view) ||
-      !floating_dtype(view.dl, &row.dtype[kGrad]) || view.dl.device.type != dlpack::kCPU)
-    return "not a dense CPU tensor of float32, float64, bfloat16 or float16";
+      !floating_dtype(view.dl, &row.dtype[kGrad]) || view.dl.device.type != device_)
+    return "not a dense tensor of float32, float64, bfloat16 or float16 on the device";
   row.numel = view.numel();
   if (row.numel == 0) return "";
+  if (!rows_.empty() && view.dl.device.index != device_index_) return "tensors on several devices";
+  device_index_ = view.dl.device.index;
   if (view.dl.data == nullptr) return "a tensor without memory";
   if (written && overlaps_itself(view)) return "an expanded tensor";
   row.data[kGrad] = static_cast<char*>(view.dl.data) + view.dl.byte_offset;

@@ -12,17 +12,20 @@ namespace fusedopt::host {
 
 class TensorList {
  public:
-  // Takes a list of tensors. `reason` says why the native driver cannot serve them, or is empty.
-  // With `written`, tensors that overlap themselves are a reason too.
-  TensorList(PyObject* tensors, bool written);
+  // Takes a list of tensors on one device of a kind. `reason` says why the native driver cannot
+  // serve them, or is empty. With `written`, tensors that overlap themselves are a reason too.
+  TensorList(PyObject* tensors, bool written, dlpack::DeviceType device);
 
   const std::string& reason() const { return reason_; }
-  cpu::TableView table() const { return {rows_, groups_, layouts_}; }
+  TableView table() const { return {rows_, groups_, layouts_}; }
+  int device_index() const { return device_index_; }
   bool any_float64() const;
 
  private:
   std::string add(PyObject* tensor, bool written);
 
+  const dlpack::DeviceType device_;
+  int device_index_ = 0;
   std::string reason_;
   std::vector<Row> rows_;
   std::vector<Group> groups_;

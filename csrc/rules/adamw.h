@@ -32,7 +32,7 @@ struct AdamW {
     return h.decoupled_weight_decay == 0 && h.weight_decay != 0;
   }
   static int variant(const Hyper& h) { return (h.amsgrad != 0) + 2 * is_coupled(h); }
-  static constexpr int states(int variant) { return variant % 2 ? 3 : 2; }
+  FUSEDOPT_FN static constexpr int states(int variant) { return variant % 2 ? 3 : 2; }
 
   template <class T>
   struct Scalars {
@@ -48,7 +48,7 @@ struct AdamW {
 
   // Both bias corrections are taken off the elements:
   //   lr (m / c1) / (sqrt(v / c2) + eps) = (lr sqrt(c2) / c1) m / (sqrt(v) + eps sqrt(c2)).
-  static Scalars<double> prepare(const Hyper& h, double step, bool /*first*/) {
+  FUSEDOPT_FN static Scalars<double> prepare(const Hyper& h, double step, bool /*first*/) {
     const DoubleDouble correction1 = one_minus_power(h.beta1, step);
     const DoubleDouble sqrt_correction2 = square_root(one_minus_power(h.beta2, step));
     const double one_minus_beta2 = 1.0 - h.beta2, high = static_cast<float>(one_minus_beta2);

@@ -10,14 +10,15 @@
 //     static constexpr const char* kHyperNames[];    // keys of the param group; "betas[2]": a pair
 //     static constexpr const char* kStateNames[];    // keys of the state, at most kMaxStates
 //     static constexpr bool kHasStep;                // whether the state has a step count
-//     struct Hyper { double ...; };                  // in the order of kHyperNames
+//     struct Hyper { double lr, ...; };              // in the order of kHyperNames, lr first
 //     static constexpr int kVariants;                // loops that are compiled apart
 //     static int variant(const Hyper&);              // which one, from 0 to kVariants - 1
-//     static constexpr int states(int variant);      // how many states it uses
+//     // FUSEDOPT_FN: run by a GPU, too
+//     FUSEDOPT_FN static constexpr int states(int variant);  // how many states it uses
 //     template <class T> struct Scalars { T ...; };  // what each element uses; members of T alone
-//     static Scalars<double> prepare(const Hyper&, double step, bool first);  // once a tensor
+//     FUSEDOPT_FN static Scalars<double> prepare(const Hyper&, double step, bool first);  // a tensor
 //     template <int kVariant, class T>               // one element, in registers
-//     static void update(T& param, T grad, T* state, const Scalars<T>&);
+//     FUSEDOPT_FN static void update(T& param, T grad, T* state, const Scalars<T>&);
 //   };
 // clang-format on
 //

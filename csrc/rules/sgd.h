@@ -24,7 +24,7 @@ struct Sgd {
   };
 
   static int variant(const Hyper& h) { return h.momentum != 0 ? 1 : 0; }
-  static constexpr int states(int variant) { return variant; }
+  FUSEDOPT_FN static constexpr int states(int variant) { return variant; }
 
   template <class T>
   struct Scalars {
@@ -35,7 +35,7 @@ struct Sgd {
     T has_decay, nesterov, first;  // switches
   };
 
-  static Scalars<double> prepare(const Hyper& h, double /*step*/, bool first) {
+  FUSEDOPT_FN static Scalars<double> prepare(const Hyper& h, double /*step*/, bool first) {
     return {h.lr,
             h.momentum,
             1.0 - h.dampening,

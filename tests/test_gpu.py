@@ -1,0 +1,347 @@
+"""The CUDA driver on a real GPU. Skipped where there is none; tests/test_cuda_emulator.py runs the
+same kernels' source there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fusedopt
+from tests.cases import CASES, DTYPES, SHORT, Case, make_params, new_grads
+
+pytestmark = pytest.mark.gpu
+SIZES = [1, 7, 8, 9, 255, 257, 16383, 16385, 300_001]
+
+
+def on_gpu(params: list[torch.nn.Parameter]) -> list[torch.nn.Parameter]:
+    """The same params and gradients on the GPU."""
+    moved = [torch.nn.Parameter(p.detach().cuda()) for p in params]
+    copy_grads(params, moved)
+    return moved
+
+
+def copy_grads(params: list[torch.nn.Parameter], moved: list[torch.nn.Parameter]) -> None:
+    for p, m in zip(params, moved, strict=True):
+        assert p.grad is not None
+        m.grad = p.grad.cuda()
+
+
+def tensors_of(optimizer: fusedopt.FusedOptimizer) -> list[Tensor]:
+    """Params and state, on the CPU."""
+    found = []
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            found.append(p.detach().cpu())
+            found += [t.cpu() for t in optimizer.state.get(p, {}).values() if t is not None]
+    return found
+
+
+def adamw(numels: list[int], **options: Any) -> fusedopt.FusedAdamW:
+    params = on_gpu(make_params(numels, torch.float32))
+    optimizer = fusedopt.FusedAdamW(params, lr=1e-2, backend="cuda", **options)
+    optimizer.step()
+    return optimizer
+
+
+@pytest.fixture
+def no_sync() -> Iterator[None]:
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    yield
+    torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_cpu_and_cuda_agree_bitwise(case: Case, dtype: torch.dtype) -> None:
+    params = make_params(SIZES, dtype)
+    moved = on_gpu(params)
+    on_cpu = case.fused(params, backend="cpu", **case.options)
+    on_cuda = case.fused(moved, backend="cuda", **case.options)
+    generator = torch.Generator().manual_seed(5)
+    for _ in range(3):
+        new_grads(params, generator)
+        copy_grads(params, moved)
+        on_cpu.step()
+        on_cuda.step()
+    for a, b in zip(tensors_of(on_cpu), tensors_of(on_cuda), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("grad", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", SHORT, ids=str)
+def test_mixed_dtypes_agree_bitwise(case: Case, grad: torch.dtype) -> None:
+    params = make_params(SIZES, torch.bfloat16, grad_dtype=grad)
+    moved = [torch.nn.Parameter(p.detach().cuda()) for p in params]
+    for p, m in zip(params, moved, strict=True):
+        assert p.grad is not None
+        m.grad_dtype = grad
+        m.grad = p.grad.cuda()
+    optimizers = [
+        case.fused(params, backend="cpu", **case.options),
+        case.fused(moved, backend="cuda", **case.options),
+    ]
+    for optimizer in optimizers:
+        optimizer.step()
+        for entry in optimizer.state.values():
+            for name, value in entry.items():
+                if name != "step" and value is not None:
+                    entry[name] = value.float()
+        optimizer.step()
+    for a, b in zip(*map(tensors_of, optimizers), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("case", SHORT, ids=str)
+def test_layouts_and_offsets_agree_bitwise(case: Case) -> None:
+    def build(device: str) -> list[torch.nn.Parameter]:
+        generator = torch.Generator().manual_seed(3)
+        params = []
+        for offset in range(1, 9):
+            base = torch.randn(1000, generator=generator).to(device)
+            grad = torch.randn(1000, generator=generator).to(device)
+            params.append(torch.nn.Parameter(base[offset : offset + 900]))
+            params[-1].grad = grad[offset // 2 : offset // 2 + 900]
+        for view in (lambda t: t.t(), lambda t: t[:, ::2], lambda t: t[::3]):
+            base = torch.randn(60, 40, generator=generator).to(device)
+            grad = torch.randn(60, 40, generator=generator).to(device)
+            params.append(torch.nn.Parameter(view(base)))
+            params[-1].grad = view(grad).contiguous()
+        return params
+
+    optimizers = [
+        case.fused(build("cpu"), backend="cpu", **case.options),
+        case.fused(build("cuda"), backend="cuda", **case.options),
+    ]
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.step()
+    for a, b in zip(*map(tensors_of, optimizers), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("case", SHORT, ids=str)
+def test_clipping_agrees_with_the_cpu(case: Case) -> None:
+    params = make_params(SIZES, torch.float32)
+    moved = on_gpu(params)
+    optimizers = [
+        case.fused(params, backend="cpu", max_grad_norm=0.5, **case.options),
+        case.fused(moved, backend="cuda", max_grad_norm=0.5, **case.options),
+    ]
+    for optimizer in optimizers:
+        optimizer.step()
+    norms = [o.grad_norm.cpu() for o in optimizers if o.grad_norm is not None]
+    torch.testing.assert_close(norms[1], norms[0], rtol=1e-6, atol=0)
+    for a, b in zip(*map(tensors_of, optimizers), strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-7)
+
+
+def test_the_norm_is_bitwise_deterministic() -> None:
+    grads = [torch.randn(1_000_003, device="cuda") for _ in range(9)]
+    norms = {fusedopt.get_total_norm(grads).item() for _ in range(20)}
+    assert len(norms) == 1
+
+
+def test_clip_functions_as_torch() -> None:
+    for dtype in DTYPES:
+        ours, theirs = (on_gpu(make_params(SIZES, dtype)) for _ in range(2))
+        norm = fusedopt.clip_grad_norm_(ours, 0.3)
+        want = torch.nn.utils.clip_grad_norm_(theirs, 0.3)
+        tolerance = (
+            {"rtol": 1e-5, "atol": 1e-6} if dtype.itemsize > 2 else {"rtol": 2e-2, "atol": 1e-3}
+        )
+        torch.testing.assert_close(norm.float(), want.float(), **tolerance)
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a.grad, b.grad, **tolerance)
+        fusedopt.clip_grad_value_(ours, 1e-3)
+        torch.nn.utils.clip_grad_value_(theirs, 1e-3)
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a.grad, b.grad, **tolerance)
+
+
+@pytest.mark.usefixtures("no_sync")
+def test_a_step_does_not_wait_for_the_device() -> None:
+    torch.cuda.set_sync_debug_mode("default")
+    optimizer = adamw([100, 70_000], max_grad_norm=1.0, skip_nonfinite=True)
+    optimizer.step()
+    torch.cuda.set_sync_debug_mode("error")
+    for _ in range(3):
+        optimizer.step()
+
+
+def test_one_launch_a_step_and_no_allocation() -> None:
+    params = []
+    for i, dtype in enumerate([torch.float32, torch.bfloat16, torch.float16]):
+        params += on_gpu(make_params([1 + n % 40 for n in range(i, 10_000, 3)], dtype, seed=i))
+    groups = [{"params": params[g::465]} for g in range(465)]
+    optimizer = fusedopt.FusedAdamW(groups, lr=1e-3, max_grad_norm=1.0, backend="cuda")
+    for _ in range(2):
+        optimizer.step()
+    allocations = torch.cuda.memory_stats()["allocation.all.allocated"]
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        optimizer.step()
+        torch.cuda.synchronize()
+    kernels = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    names = [e.name for e in kernels if "Memcpy" not in e.name and "Memset" not in e.name]
+    assert len(names) == 1, names
+    assert "step_kernel" in names[0]
+    assert torch.cuda.memory_stats()["allocation.all.allocated"] == allocations
+
+
+def test_a_skipped_step_changes_nothing() -> None:
+    params = on_gpu(make_params([5, 1000], torch.float32))
+    optimizer = fusedopt.FusedSGD(
+        params, lr=0.1, momentum=0.9, dampening=0.5, skip_nonfinite=True, backend="cuda"
+    )
+    before = [p.detach().clone() for p in params]
+    grads = [p.grad for p in params]
+    params[1].grad = torch.full_like(params[1], float("inf"))
+    optimizer.step()
+    assert optimizer.skipped_steps.item() == 1
+    assert not optimizer.state
+    for p, old, grad in zip(params, before, grads, strict=True):
+        assert torch.equal(p, old)
+        p.grad = grad
+    optimizer.step()  # the first one that counts: momentum begins undampened
+    for p, old, grad in zip(params, before, grads, strict=True):
+        assert grad is not None
+        torch.testing.assert_close(p.detach(), old - 0.1 * grad)
+
+
+def test_grad_scaler_clips_after_unscaling() -> None:
+    params, plain = (on_gpu(make_params([33, 5000], torch.float32)) for _ in range(2))
+    optimizer = fusedopt.FusedAdamW(params, lr=1e-2, max_grad_norm=0.1, backend="cuda")
+    scaler = torch.amp.GradScaler("cuda", init_scale=1024.0)
+    loss = sum((p * p).sum() for p in params)
+    optimizer.zero_grad()
+    scaler.scale(loss).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    reference = torch.optim.AdamW(plain, lr=1e-2)
+    reference.zero_grad()
+    sum((p * p).sum() for p in plain).backward()  # type: ignore[union-attr]
+    torch.nn.utils.clip_grad_norm_(plain, 0.1)
+    reference.step()
+    for a, b in zip(params, plain, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_graph_replays_honour_lr_and_advance_step() -> None:
+    params = on_gpu(make_params([300, 20_000], torch.float32))
+    lr = torch.tensor(1e-2, device="cuda")
+    optimizer = fusedopt.FusedAdamW(
+        params, lr=lr, max_grad_norm=1.0, capturable=True, backend="cuda"
+    )
+    plain = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    copy_grads(params, plain)
+    reference = fusedopt.FusedAdamW(plain, lr=1e-2, max_grad_norm=1.0, backend="cuda")
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            optimizer.step()
+            reference.step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        optimizer.step()
+    for value in (1e-2, 5e-3, 1e-3):
+        lr.fill_(value)
+        graph.replay()
+        reference.param_groups[0]["lr"] = lr.item()
+        reference.step()
+    assert optimizer.state[params[0]]["step"].item() == 5
+    for a, b in zip(params, plain, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_capture_of_a_first_step_is_refused() -> None:
+    params = on_gpu(make_params([300], torch.float32))
+    optimizer = fusedopt.FusedAdamW(params, lr=1e-2, backend="cuda")
+    with (
+        pytest.raises(RuntimeError, match="run one step"),
+        torch.cuda.graph(torch.cuda.CUDAGraph()),
+    ):
+        optimizer.step()
+    assert not optimizer.state
+
+
+def test_capture_without_gradients_is_refused() -> None:
+    optimizer = adamw([300])
+    optimizer.zero_grad()
+    graph = torch.cuda.CUDAGraph()
+    with pytest.raises(RuntimeError, match="no param has a gradient"), torch.cuda.graph(graph):
+        optimizer.step()
+
+
+def test_a_side_stream() -> None:
+    params = on_gpu(make_params([1 << 20], torch.float32))
+    twins = on_gpu(make_params([1 << 20], torch.float32))
+    ours = fusedopt.FusedAdamW(params, lr=1e-2, backend="cuda")
+    same = fusedopt.FusedAdamW(twins, lr=1e-2, backend="cuda")
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(5):
+            ours.step()
+    torch.cuda.current_stream().wait_stream(stream)
+    for _ in range(5):
+        same.step()
+    assert torch.equal(params[0], twins[0])
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_params_on_two_devices_share_one_norm() -> None:
+    params = make_params([1000, 2000], torch.float32)
+    moved = [torch.nn.Parameter(p.detach().to(f"cuda:{i}")) for i, p in enumerate(params)]
+    for p, m in zip(params, moved, strict=True):
+        assert p.grad is not None
+        m.grad = p.grad.to(m.device)
+    fusedopt.FusedAdamW(params, lr=1e-2, max_grad_norm=0.1, backend="cpu").step()
+    with torch.cuda.device(0):
+        fusedopt.FusedAdamW(moved, lr=1e-2, max_grad_norm=0.1, backend="cuda").step()
+        assert torch.cuda.current_device() == 0
+    for p, m in zip(params, moved, strict=True):
+        torch.testing.assert_close(m.detach().cpu(), p.detach())
+
+
+@pytest.mark.parametrize("numel", [2**31 + 1, 2**32 + 1])
+def test_more_elements_than_32_bits_can_count(numel: int) -> None:
+    free, _ = torch.cuda.mem_get_info()
+    if free < 6 * numel:
+        pytest.skip(f"needs {6 * numel / 1e9:.0f} GB of device memory")
+    grad = torch.randn(numel, dtype=torch.bfloat16, device="cuda")
+    param = torch.nn.Parameter(torch.zeros(numel, dtype=torch.bfloat16, device="cuda"))
+    param.grad = grad
+    fusedopt.FusedSGD([param], lr=1.0, backend="cuda").step()
+    for new, old in zip(param.detach().split(2**28), grad.split(2**28), strict=True):
+        assert torch.equal(new, -old)
+
+
+def test_checkpoints_pass_between_devices_and_torch() -> None:
+    optimizer = adamw([40, 5000], max_grad_norm=1.0)
+    saved = optimizer.state_dict()
+    assert all(e["step"].device.type == "cpu" for e in saved["state"].values())
+    device = [torch.nn.Parameter(p.detach().clone()) for p in optimizer.param_groups[0]["params"]]
+    host = [torch.nn.Parameter(p.detach().cpu()) for p in device]
+    others = [
+        torch.optim.AdamW(device, lr=1e-2, fused=True),
+        fusedopt.FusedAdamW(host, lr=1e-2, backend="cpu"),
+    ]
+    for other in others:
+        other.load_state_dict(saved)
+        for p, source in zip(
+            other.param_groups[0]["params"], optimizer.param_groups[0]["params"], strict=True
+        ):
+            p.grad = source.grad.to(p.device)
+        other.step()
+    optimizer.max_grad_norm = None
+    optimizer.step()
+    for p, d, h in zip(optimizer.param_groups[0]["params"], device, host, strict=True):
+        torch.testing.assert_close(d, p)
+        assert torch.equal(h.detach(), p.detach().cpu())

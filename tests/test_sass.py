@@ -1,0 +1,115 @@
+"""What nvcc makes of the CUDA kernels: registers, spills, and the width of memory accesses in the
+hot loops, read from ptxas' report and from SASS. Needs nvcc, and cuobjdump from Triton's wheel."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+import subprocess
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from fusedopt import _native
+from tests import sass
+
+ROOT = Path(__file__).parent.parent
+ARCHS = ["80", "90"]
+
+
+def cuobjdump() -> str | None:
+    triton = importlib.util.find_spec("triton")
+    if triton is not None and triton.origin is not None:
+        path = Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+        if path.exists():
+            return str(path)
+    return shutil.which("cuobjdump")
+
+
+pytestmark = pytest.mark.skipif(
+    shutil.which("nvcc") is None or cuobjdump() is None, reason="needs nvcc and cuobjdump"
+)
+
+
+class Compiled:
+    """The kernels compiled for one architecture."""
+
+    def __init__(self, arch: str, folder: Path) -> None:
+        cubin = folder / f"sm_{arch}.cubin"
+        command = ["nvcc", "-std=c++17", "-O3", "-fmad=false", f"-I{ROOT / 'csrc'}"]
+        command += ["-DFUSEDOPT_CUDA", '-DFUSEDOPT_CUDA_ARCHS="test"', f"-arch=sm_{arch}"]
+        command += ["-cubin", "-Xptxas=-v", str(ROOT / "csrc/cuda/launch.cu"), "-o", str(cubin)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        self.registers = {
+            kernel: int(count)
+            for kernel, count in re.findall(
+                r"Compiling entry function '(\w+)'.*?Used (\d+) registers", done.stderr, re.S
+            )
+        }
+        tool = cuobjdump()
+        assert tool is not None
+        self.loops = {f.name: f.vector_loops() for f in sass.functions(tool, cubin)}
+
+    def of(self, word: str) -> list[Counter[str]]:
+        (name,) = [n for n in self.loops if word in n]
+        return self.loops[name]
+
+    def all_loops(self) -> list[Counter[str]]:
+        return [loop for loops in self.loops.values() for loop in loops]
+
+
+@pytest.fixture(scope="module", params=ARCHS)
+def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Compiled:
+    return Compiled(request.param, tmp_path_factory.mktemp("sass"))
+
+
+def count(loop: Counter[str], *starts: str) -> int:
+    return sum(n for opcode, n in loop.items() if opcode.startswith(starts))
+
+
+def updates(loops: list[Counter[str]]) -> list[Counter[str]]:
+    return [loop for loop in loops if count(loop, "ST") > 0]
+
+
+def test_kernels_use_at_most_64_registers(compiled: Compiled) -> None:
+    assert _native._C is not None
+    assert len(compiled.registers) == len(_native._C.rules()) + 1  # and clipping
+    assert all(used <= 64 for used in compiled.registers.values()), compiled.registers
+
+
+# (128-bit loads, 128-bit stores) of one iteration of each update loop. Four dtypes with state of
+# their own dtype; two 16-bit dtypes with float32 state, whose states take two vectors each.
+ADAMW = Counter({(4, 3): 8, (6, 5): 4, (5, 4): 8, (8, 7): 4})  # without and with amsgrad
+SGD = Counter({(2, 1): 4, (3, 2): 4, (4, 3): 2})  # without and with momentum
+
+
+@pytest.mark.parametrize(("kernel", "expected"), [("AdamW", ADAMW), ("Sgd", SGD)])
+def test_every_dtype_combination_has_a_loop_of_vectors(
+    compiled: Compiled, kernel: str, expected: Counter[tuple[int, int]]
+) -> None:
+    found = Counter(
+        (count(loop, "LDG.E.128"), count(loop, "STG.E.128"))
+        for loop in updates(compiled.of(kernel))
+    )
+    assert found == expected
+
+
+def test_hot_loops_access_memory_by_vectors_alone(compiled: Compiled) -> None:
+    assert all(len(loops) >= 8 for loops in compiled.loops.values())  # two a dtype for the norm
+    for loop in compiled.all_loops():
+        assert count(loop, "LD.", "ST.") == 0, loop  # generic
+        assert count(loop, "LDG") == count(loop, "LDG.E.128"), loop
+        assert count(loop, "STG") == count(loop, "STG.E.128"), loop
+
+
+def test_hot_loops_do_not_spill(compiled: Compiled) -> None:
+    for loop in compiled.all_loops():
+        local = count(loop, "LDL", "STL")
+        if count(loop, "LDG.E.128") == 5:
+            # amsgrad with state of the param's dtype holds eight elements of five operands, or
+            # doubles: a few words of it do not fit into 64 registers.
+            assert local <= 16, loop
+        else:
+            assert local <= 1, loop
