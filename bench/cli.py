@@ -43,7 +43,7 @@ Threads = Annotated[
 Output = Annotated[
     Path | None,
     typer.Option(
-        help="Results file. Default: bench/results/<name>-cpu.json, with --quick under runs/.",
+        help="Results file. Default: bench/results/<name>.json, with --quick under runs/.",
         show_default=False,
     ),
 ]
@@ -55,7 +55,7 @@ def prepare(name: str, output: Path | None, threads: int | None, quick: bool) ->
         torch.set_num_threads(threads)
     if output is not None:
         return output
-    return ROOT / "runs" / f"{name}-cpu-quick.json" if quick else RESULTS / f"{name}-cpu.json"
+    return ROOT / "runs" / f"{name}-quick.json" if quick else RESULTS / f"{name}.json"
 
 
 def rounds_of(quick: bool, repeats: int | None, default: int) -> tuple[int, int]:

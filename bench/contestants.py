@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch.nn.utils import clip_grad_norm_
-from workloads import DTYPES, MAX_NORM, InputSet, Workload
+from workloads import MAX_NORM, InputSet, Workload, dtypes_of
 
 HYPERPARAMETERS: dict[str, dict[str, Any]] = {
     "adamw": {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2},
@@ -85,7 +85,30 @@ BASELINE = "torch-fused"
 ERROR_LIMIT = 8.0
 
 
-def step_error(contestant: Contestant, optimizer: str, dtype: str, clip: bool) -> float:
+def widen_state(optimizer: torch.optim.Optimizer, dtype: str) -> None:
+    """Give the moments of the params the state dtype that `dtype` names, where it is another."""
+    _, wanted = dtypes_of(dtype)
+    for state in optimizer.state.values():
+        for name, value in state.items():
+            if name != "step" and torch.is_tensor(value):
+                state[name] = value.to(wanted)
+
+
+def state_dtypes(optimizer: torch.optim.Optimizer) -> list[str]:
+    """The dtypes in which the optimizer holds its moments."""
+    return sorted(
+        {
+            str(value.dtype).removeprefix("torch.")
+            for state in optimizer.state.values()
+            for name, value in state.items()
+            if name != "step" and torch.is_tensor(value)
+        }
+    )
+
+
+def step_error(
+    contestant: Contestant, optimizer: str, dtype: str, clip: bool, device: str = "cpu"
+) -> float:
     """Error of three steps against torch.optim's for-loop in float64 from the same values.
 
     The largest difference of an element in roundings of its value and way:
@@ -96,21 +119,22 @@ def step_error(contestant: Contestant, optimizer: str, dtype: str, clip: bool) -
     """
     workload = Workload("check", ((1000,), (64, 64), (7,)))
     lr = {"adamw": 0.1, "sgd": 1.0}[optimizer]  # so that a step is many roundings of a bf16 param
-    tested = InputSet(workload, dtype, seed=1)
-    exact = InputSet(workload, dtype, seed=1)
+    tested = InputSet(workload, dtype, seed=1, device=device)
+    exact = InputSet(workload, dtype, seed=1, device=device)
     starts = [param.detach().double() for param in exact.params]
     for param, grad in zip(exact.params, exact.pristine, strict=True):
         param.data = param.data.double()
         param.grad = grad.double()
-    _, step = contestant.build(optimizer, tested.param_groups(), clip, lr=lr)
+    instance, step = contestant.build(optimizer, tested.param_groups(), clip, lr=lr)
     oracle, _ = CONTESTANTS["torch-for-loop"].build(optimizer, exact.param_groups(), False, lr=lr)
     if clip:
         clip_grad_norm_(exact.params, MAX_NORM)
     for _ in range(3):
         step()
+        widen_state(instance, dtype)
         tested.restore_grads()
         oracle.step()
-    eps = torch.finfo(DTYPES[dtype]).eps
+    eps = torch.finfo(dtypes_of(dtype)[0]).eps
     errors = []
     for tested_param, exact_param, start in zip(tested.params, exact.params, starts, strict=True):
         p, q = tested_param.detach().double(), exact_param.detach()
@@ -135,7 +159,7 @@ def present_and_absent(
 
 
 def admit(
-    contestants: list[Contestant], optimizer: str, dtype: str
+    contestants: list[Contestant], optimizer: str, dtype: str, device: str = "cpu"
 ) -> tuple[list[tuple[Contestant, bool, float]], list[dict[str, str]]]:
     """[(contestant, clip, step_error)], without clipping first, and {contestant, reason} of those
     that refuse to step: a run of minutes does not end in the middle because of one of them."""
@@ -143,7 +167,7 @@ def admit(
     for clip in (False, True):
         for contestant in contestants:
             try:
-                error = step_error(contestant, optimizer, dtype, clip)
+                error = step_error(contestant, optimizer, dtype, clip, device)
             except Exception as failure:
                 case = f"{optimizer} {dtype} {'clip' if clip else 'step'}"
                 reason = f"{case}: {reason_of(failure)}"

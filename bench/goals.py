@@ -1,4 +1,5 @@
-"""What the CPU figures have to reach, in one table, and its evaluation on the rows of a run."""
+"""What the figures have to reach, a table for the CPU and one for a GPU, and its evaluation on the
+rows of a run."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -85,19 +86,72 @@ GOALS = (
     ),
 )
 
+GPU_LARGE = {"workload": "1b", "numel": 60 * 4096 * 4096}
+GPU_MANY = {"workload": "1000x1024", "numel": 1000 * 1024}
+GPU_TINY = {"workload": "10000x64", "numel": 10_000 * 64}
+GPU_GROUPS = {"workload": "1860-tiny-465-groups", "numel": 1860 * 16}
+GPU_TENSORS = {"1b": 60, "1000x1024": 1000, "10000x64": 10_000, "1860-tiny-465-groups": 1860}
+# Host time of a step: fixed, and for each tensor.
+HOST_FIXED, HOST_TENSOR = 30e-6, 0.35e-6
+
+
+def host_and_launches(size: dict[str, Any]) -> list[Goal]:
+    """What holds for AdamW at any number of tensors and groups, without and with clipping."""
+    name, found = size["workload"], []
+    bound = HOST_FIXED + HOST_TENSOR * GPU_TENSORS[name]
+    for clip in (False, True):
+        where = case(size, "adamw", "float32", clip)
+        text = f"AdamW {name}{', clip' if clip else ''}"
+        found.append(Goal(text, "launches", where, at_most=1))
+        found.append(Goal(text, "host_median_s", where, at_most=bound))
+    return found
+
+
+GPU_GOALS = (
+    Goal(
+        "AdamW float32 1B",
+        "floor_fraction",
+        case(GPU_LARGE, "adamw", "float32", False),
+        at_least=0.92,
+    ),
+    Goal(
+        "AdamW float32 1B, clip",
+        "ratio_to_no_clip",
+        case(GPU_LARGE, "adamw", "float32", True),
+        at_most=1.15,
+    ),
+    Goal("AdamW float32 1B, clip", RATIO, case(GPU_LARGE, "adamw", "float32", True), at_least=1.3),
+    Goal(
+        "AdamW float32 1,000 x 1,024, clip",
+        RATIO,
+        case(GPU_MANY, "adamw", "float32", True),
+        at_least=5.0,
+    ),
+    Goal(
+        "AdamW 465 groups of 4 tiny tensors",
+        "ratio_to_one_group",
+        case(GPU_GROUPS, "adamw", "float32", False),
+        at_most=1.1,
+    ),
+    *(g for size in (GPU_LARGE, GPU_MANY, GPU_TINY, GPU_GROUPS) for g in host_and_launches(size)),
+)
+
 # How a figure is called in the table, the unit's size and the format.
 FIGURES = {
     RATIO: ("times as fast as torch fused", 1.0, "{:.2f}"),
-    "floor_fraction": ("of the in-place floor", 1.0, "{:.1%}"),
+    "floor_fraction": ("of the floor", 1.0, "{:.1%}"),
     "median_s": ("a step", 1e-6, "{:.0f} us"),
+    "host_median_s": ("of host time a step", 1e-6, "{:.0f} us"),
+    "launches": ("launches a step", 1, "{:.0f}"),
+    "ratio_to_no_clip": ("times the step without clip", 1.0, "{:.2f}"),
     "ratio_to_one_group": ("times the time of one group", 1.0, "{:.2f}"),
 }
 
 
-def evaluate(rows: Sequence[Row]) -> list[dict[str, Any]]:
+def evaluate(rows: Sequence[Row], goals: Sequence[Goal] = GOALS) -> list[dict[str, Any]]:
     """{goal, figure, bound, sense, measured, met} of each goal whose row is among `rows`."""
     results = []
-    for goal in GOALS:
+    for goal in goals:
         value = goal.measured(rows)
         if value is None:
             continue

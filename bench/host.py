@@ -166,7 +166,7 @@ def main(
     output: cli.Output = None,
 ) -> None:
     """Host time of one optimizer step on the CPU: fusedopt against torch.optim."""
-    path = cli.prepare("host", output, threads, quick)
+    path = cli.prepare("host-cpu", output, threads, quick)
     repeats, warmup = cli.rounds_of(quick, repeats, default=51)
     present, absent = present_and_absent(contestant, optimizer)
     options = {"quick": quick, "repeats": repeats, "warmup_rounds": warmup, "workload": workload}

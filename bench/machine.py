@@ -81,10 +81,11 @@ def git(*arguments: str) -> str | None:
 
 
 def describe_commit() -> dict[str, Any]:
-    """{commit, dirty}: dirty when anything but the results differs from the commit."""
+    """{commit, dirty}: dirty when anything but the results differs from the commit. A copy of the
+    files without .git is told its commit by FUSEDOPT_COMMIT; whether it is dirty is not known."""
     status = git("status", "--porcelain", "--", ".", ":(exclude)bench/results")
     return {
-        "commit": git("rev-parse", "HEAD"),
+        "commit": git("rev-parse", "HEAD") or os.environ.get("FUSEDOPT_COMMIT"),
         "dirty": None if status is None else bool(status),
     }
 

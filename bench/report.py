@@ -100,12 +100,12 @@ def print_wrong(rows: Sequence[Row]) -> None:
         )
 
 
-def print_goals(goals: Sequence[dict[str, Any]]) -> None:
+def print_goals(goals: Sequence[dict[str, Any]], where: str = "the CPU") -> None:
     """The goals whose rows were measured."""
     if not goals:
         console.print("No goal was judged: none of their rows is in this run.")
         return
-    table = Table("goal", "measured", "met", title=f"Goals of {SUBJECT} on the CPU")
+    table = Table("goal", "measured", "met", title=f"Goals of {SUBJECT} on {where}")
     for goal in goals:
         name, unit, number = FIGURES[goal["figure"]]
         bound = f"{goal['sense']} {number.format(goal['bound'] / unit)} {name}"

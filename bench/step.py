@@ -53,6 +53,25 @@ def share_state(optimizer: torch.optim.Optimizer, shared: SharedState) -> None:
                 state[name] = shared.setdefault((param, name), value)
 
 
+def lane_key(
+    workload: Workload, dtype: str, optimizer: str, entry: tuple[Contestant, bool, float]
+) -> dict[str, Any]:
+    """The columns that name the row of one (contestant, clip, step_error)."""
+    contestant, clip, error = entry
+    return {
+        "workload": workload.name,
+        "dtype": dtype,
+        "optimizer": optimizer,
+        "contestant": contestant.name,
+        "clip": clip,
+        "tensors": len(workload.shapes),
+        "numel": workload.numel,
+        "bytes_per_param": bytes_per_param(optimizer, dtype, contestant.clip_kind(clip)),
+        "floor_bytes_per_param": bytes_per_param(optimizer, dtype, "fused" if clip else "none"),
+        "step_error": error,
+    }
+
+
 def build_lanes(
     workload: Workload,
     optimizer: str,
@@ -66,7 +85,8 @@ def build_lanes(
     sets = [InputSet(workload, dtype, seed) for seed in range(count)]
     shared: SharedState = {}
     lanes = []
-    for contestant, clip, error in entries:
+    for entry in entries:
+        contestant, clip, _ = entry
         runners = []
         for inputs in sets:
             instance, step = contestant.build(optimizer, inputs.param_groups(), clip)
@@ -75,19 +95,7 @@ def build_lanes(
             share_state(instance, shared)
             # Also for those that do not write grads, so that all find the caches alike.
             runners.append(Runner(step, after=inputs.restore_grads))
-        key = {
-            "workload": workload.name,
-            "dtype": dtype,
-            "optimizer": optimizer,
-            "contestant": contestant.name,
-            "clip": clip,
-            "tensors": len(workload.shapes),
-            "numel": workload.numel,
-            "input_sets": count,
-            "bytes_per_param": bytes_per_param(optimizer, dtype, contestant.clip_kind(clip)),
-            "floor_bytes_per_param": bytes_per_param(optimizer, dtype, "fused" if clip else "none"),
-            "step_error": error,
-        }
+        key = lane_key(workload, dtype, optimizer, entry) | {"input_sets": count}
         lanes.append(Lane(key, runners))
     return lanes
 
@@ -95,8 +103,8 @@ def build_lanes(
 def add_bandwidth(row: Row, floor_bandwidth: float) -> None:
     """Add GB/s by the contestant's own least bytes, the floor's seconds, and floor through time.
 
-    floor_bandwidth: bytes a second of the in-place pass of the same rounds. The floor is that of
-    an optimizer that clips in its step, for every contestant.
+    floor_bandwidth: bytes a second of the in-place pass (on a GPU: the copy) of the same rounds.
+    The floor is that of an optimizer that clips in its step, for every contestant.
     """
     row["gb_per_s"] = row["bytes_per_param"] * row["numel"] / row["median_s"] / 1e9
     row["floor_s"] = row["floor_bytes_per_param"] * row["numel"] / floor_bandwidth
@@ -159,7 +167,7 @@ def main(
     output: cli.Output = None,
 ) -> None:
     """Time of one optimizer step on the CPU: fusedopt against torch.optim."""
-    path = cli.prepare("step", output, threads, quick)
+    path = cli.prepare("step-cpu", output, threads, quick)
     repeats, warmup = cli.rounds_of(quick, repeats, default=21)
     present, absent = present_and_absent(contestant, optimizer)
     options = {"quick": quick, "repeats": repeats, "warmup_rounds": warmup, "workload": workload}

@@ -14,15 +14,17 @@ import torch
 Shape = tuple[int, ...]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+MIXED = "bfloat16-float32-state"  # bfloat16 params and grads with float32 moments
 
 # The L2 norm of every workload's gradient, so that clipping to MAX_NORM scales each one by 1/8.
 # Gradient elements are then 0.7e-3 (124M elements) to 0.1 (4,800) in size.
 GRAD_NORM = 8.0
 MAX_NORM = 1.0
 
-# Reads and writes of one step, in elements a param: AdamW reads param, grad, exp_avg, exp_avg_sq
-# and writes all but grad; SGD with momentum reads param, grad, momentum_buffer and writes two.
-STEP_PASSES = {"adamw": 7, "sgd": 5}
+# Reads and writes of one step, in elements a param: every optimizer reads param and grad and writes
+# param; AdamW reads and writes exp_avg and exp_avg_sq, SGD with momentum its momentum_buffer.
+PARAM_PASSES = 3
+STATE_PASSES = {"adamw": 4, "sgd": 2}
 # Clipping reads the grad once more for its norm. clip_grad_norm_ then also reads it and writes it.
 CLIP_PASSES = {"fused": 1, "separate": 3}
 
@@ -77,25 +79,54 @@ def host_workloads() -> dict[str, Workload]:
     return {name: Workload(name, ((16,),) * 300, groups) for name, groups in names.items()}
 
 
+def gpu_workloads() -> dict[str, Workload]:
+    """Workloads of bench/gpu_step.py by name. 250m stands in for 1b where memory is short."""
+    tiny = {f"1860-tiny-{groups}-groups": groups for groups in (1, 465)}
+    return {
+        "1b": Workload("1b", ((4096, 4096),) * 60),
+        "250m": Workload("250m", ((4096, 4096),) * 15),
+        "1000x1024": Workload("1000x1024", ((1024,),) * 1000),
+        "10000x64": Workload("10000x64", ((64,),) * 10_000),
+        **{name: Workload(name, ((16,),) * 1860, groups) for name, groups in tiny.items()},
+    }
+
+
+def dtypes_of(dtype: str) -> tuple[torch.dtype, torch.dtype]:
+    """(dtype of params and grads, dtype of the moments) by the name that the results use."""
+    if dtype == MIXED:
+        return torch.bfloat16, torch.float32
+    return DTYPES[dtype], DTYPES[dtype]
+
+
 def bytes_per_param(optimizer: str, dtype: str, clip: str = "none") -> int:
-    """The least bytes that a step moves for each param when everything is stored in `dtype`.
+    """The least bytes that a step moves for each param when it is stored in `dtype`.
 
     `clip` is "none", "fused" (one more read of the grad) or "separate" (clip_grad_norm_ first).
     """
-    passes = STEP_PASSES[optimizer] + CLIP_PASSES.get(clip, 0)
-    return passes * DTYPES[dtype].itemsize
+    param, state = dtypes_of(dtype)
+    passes = PARAM_PASSES + CLIP_PASSES.get(clip, 0)
+    return passes * param.itemsize + STATE_PASSES[optimizer] * state.itemsize
+
+
+def device_bytes(workload: Workload, dtype: str) -> int:
+    """Device memory that the contestants of a workload need in turn: params, grads and a copy of
+    them, the shared moments of AdamW, those that a contestant makes before it shares them, and
+    float32 temporaries of torch's foreach."""
+    param, state = dtypes_of(dtype)
+    return workload.numel * (3 * param.itemsize + 4 * state.itemsize + 2 * 4)
 
 
 class InputSet:
-    """Params with grads: random tensors of a workload's shapes, on the CPU, in one dtype.
+    """Params with grads: random tensors of a workload's shapes, on one device, in one dtype.
 
     params: leaf tensors, 0.02 * randn. grads: `p.grad` of each, randn scaled to GRAD_NORM.
     pristine: copies of the grads, because clip_grad_norm_ rewrites them.
     """
 
-    def __init__(self, workload: Workload, dtype: str, seed: int) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        randn = partial(torch.randn, generator=generator, dtype=DTYPES[dtype])
+    def __init__(self, workload: Workload, dtype: str, seed: int, device: str = "cpu") -> None:
+        generator = torch.Generator(device).manual_seed(seed)
+        param_dtype, _ = dtypes_of(dtype)
+        randn = partial(torch.randn, generator=generator, dtype=param_dtype, device=device)
         grad_scale = GRAD_NORM / math.sqrt(workload.numel)
         self.workload = workload
         self.params = [torch.nn.Parameter(randn(s).mul_(0.02)) for s in workload.shapes]
