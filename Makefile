@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 CPP_FILES := $(shell find csrc tests/cuda_emulator -name '*.h' -o -name '*.cpp' -o -name '*.cu*')
 NATIVE_SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
 
-.PHONY: train test bench lint format sanitize mutate clean
+.PHONY: train test bench gpu-check lint format sanitize mutate clean
 
 train: $(READY)
 	$(PY) examples/train_gpt.py --out runs/train_gpt
@@ -18,6 +18,10 @@ test: $(READY)
 bench: $(READY)
 	$(PY) bench/step.py
 	$(PY) bench/host.py
+
+# Build, tests, compute-sanitizer and a short benchmark; for a machine with an NVIDIA GPU.
+gpu-check: $(READY)
+	PYTHON=$(CURDIR)/$(PY) bash bench/gpu_check.sh runs/gpu-check
 
 # Broken copies of the C++ core must fail the tests.
 mutate: $(READY)

@@ -1,0 +1,105 @@
+#!/usr/bin/env bash
+# Builds fusedopt, and tests, sanitizes and measures it on a machine with an NVIDIA GPU. It needs
+# nvcc and a Python with torch, pybind11 and pytest, and downloads nothing.
+# Usage, in the root of the repository: [PYTHON=python3] bench/gpu_check.sh OUT_DIR
+# FUSEDOPT_COMMIT tells a copy without .git which commit the benchmark's results name.
+#
+# Each part has a time limit and a log OUT_DIR/NN-name.log, and stops no other part. A line for
+# each goes to OUT_DIR/summary.txt: PASS, FAIL or SKIP, seconds, name. The exit code is 1 where a
+# part failed. All parts together end within 8 minutes.
+set -u
+out=${1:?usage: bench/gpu_check.sh OUT_DIR}
+python=${PYTHON:-python3}
+mkdir -p "$out"
+summary=$out/summary.txt
+: >"$summary"
+deadline=$((SECONDS + 470))
+number=0
+failed=0
+
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
+# A part that is stopped has printed what it did; nothing is left in the repository.
+pytest=("$python" -m pytest -p no:cacheprovider -q)
+
+note() { # PASS|FAIL|SKIP, seconds, name
+  echo "$1 $2 $3" | tee -a "$summary"
+}
+
+part() { # name, limit in seconds, command...
+  local name=$1 limit=$2 begin=$SECONDS log
+  shift 2
+  number=$((number + 1))
+  log=$(printf '%s/%02d-%s.log' "$out" "$number" "$name")
+  if ((limit > deadline - begin)); then limit=$((deadline - begin)); fi
+  if ((limit <= 0)); then
+    failed=1
+    note FAIL 0 "$name: no time was left"
+    return
+  fi
+  timeout --kill-after=5 "$limit" "$@" >"$log" 2>&1 </dev/null
+  local status=$?
+  if ((status == 0)); then
+    note PASS $((SECONDS - begin)) "$name"
+  elif ((status == 124 || status == 137)); then
+    failed=1
+    note FAIL $((SECONDS - begin)) "$name: stopped after $limit seconds"
+  else
+    failed=1
+    note FAIL $((SECONDS - begin)) "$name: exit code $status"
+  fi
+}
+
+has_module() { timeout 20 "$python" -c "import $1" >/dev/null 2>&1; }
+
+sanitize() { # tool of compute-sanitizer
+  if ! command -v compute-sanitizer >/dev/null; then
+    note SKIP 0 "$1: compute-sanitizer is missing"
+    return
+  fi
+  # Without torch's caching allocator each tensor has bounds of its own. API errors are those of
+  # torch, which asks for optional functions of the driver; those of fusedopt are exceptions.
+  part "$1" 60 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$1" \
+    --error-exitcode 1 --report-api-errors no "$python" tests/gpu_sanitize.py
+}
+
+part device 60 "$python" -c '
+import platform, torch
+assert torch.cuda.is_available(), "torch finds no CUDA device"
+print(torch.cuda.get_device_name(), torch.cuda.get_device_capability())
+print("torch", torch.__version__, "CUDA", torch.version.cuda, "Python", platform.python_version())'
+
+part build 150 env FUSEDOPT_REQUIRE_CUDA=1 FUSEDOPT_REQUIRE_NATIVE=1 \
+  "$python" setup.py build_ext --inplace
+
+part fusedopt 60 "$python" -m fusedopt
+
+part gpu-tests 120 "${pytest[@]}" -rs tests/test_gpu.py
+
+sanitize memcheck
+sanitize racecheck
+
+if has_module typer && has_module rich; then
+  part benchmark 90 "$python" bench/gpu_step.py --quick --output "$out/step-gpu.json"
+else
+  note SKIP 0 "benchmark: typer or rich is missing"
+fi
+
+# Files that take long, and those that say nothing about this machine: test_sass compiles for
+# named architectures. The others that need a module that is not here are skipped one by one.
+ignored=(--ignore=tests/test_gpu.py)
+for name in cuda_emulator package sass train_gpt bench bench_measure gpu_check; do
+  ignored+=("--ignore=tests/test_$name.py")
+done
+for module in hypothesis expecttest; do
+  has_module "$module" && continue
+  for file in $(grep -lE "^(from|import) $module|importorskip\(\"$module\"" tests/test_*.py); do
+    ignored+=("--ignore=$file")
+    note SKIP 0 "$file: $module is missing"
+  done
+done
+workers=()
+has_module xdist && workers=(-n 8)
+part tests 120 env OMP_NUM_THREADS=2 "${pytest[@]}" tests -m "not slow" "${ignored[@]}" \
+  ${workers[@]+"${workers[@]}"}
+
+exit "$failed"
