@@ -68,7 +68,7 @@ class Fake:
     _cdata = 12345
 
 
-@pytest.mark.parametrize("rule", {c.fused.rule for c in CASES}, ids=lambda r: r.name)
+@pytest.mark.parametrize("rule", dict.fromkeys(c.fused.rule for c in CASES), ids=lambda r: r.name)
 def test_python_and_cpp_agree_on_the_rules(rule: Rule) -> None:
     hyper, state, has_step = _C.rules()[rule.name]
     assert (tuple(hyper), tuple(state), has_step) == (rule.hyper, rule.state, rule.has_step)
