@@ -151,6 +151,7 @@ class OptionalBuildExt(build_ext):
         if "-DFUSEDOPT_CUDA_SMALL_ARGS" in cuda.flags():
             ext.define_macros.append(("FUSEDOPT_CUDA_SMALL_ARGS", "1"))
         ext.extra_objects += [str(target), runtime]
+        ext.depends = [*ext.depends, str(target)]  # newer than the extension: link it again
         ext.extra_link_args += ["-ldl", "-lrt", "-lpthread"]
 
     def _or_notice(self, build) -> None:
