@@ -282,8 +282,7 @@ py::object squared_norm_of(const py::object& tensors, int threads) {
   return guarded([&]() -> py::object {
     const host::TensorList list(tensors.ptr(), false, dlpack::kCPU);
     if (!list.reason().empty()) return py::str(list.reason());
-    return py::make_tuple(cpu::squared_norm(list.table(), checked_threads(threads)),
-                          list.any_float64());
+    return py::float_(cpu::squared_norm(list.table(), checked_threads(threads)));
   });
 }
 
@@ -301,7 +300,6 @@ py::dict build_info() {
   info["compiler"] = __VERSION__;
   info["cuda_archs"] = cuda::archs();
   info["cuda_device_type"] = host::kCudaDevice == dlpack::kCPU ? "cpu" : "cuda";
-  info["cuda_unavailable"] = cuda::unavailable();
   info["cpu_level"] = cpu::level().name;
 #ifdef _OPENMP
   info["openmp"] = _OPENMP;
@@ -390,6 +388,7 @@ PYBIND11_MODULE(_C, m) {
            py::arg("norm_only"), py::arg("max_norm"), py::arg("clip_value"), py::arg("total_norm"),
            py::arg("stream"));
 
+  m.def("cuda_unavailable", &cuda::unavailable);
   m.def("cuda_launches", &cuda::launches);
   m.def(
       "cuda_set_geometry",

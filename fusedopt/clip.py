@@ -37,7 +37,7 @@ def _cpu_norm(tensors: list[Tensor], norm_type: float) -> float | None:
     if _C is None or norm_type != 2.0 or not tensors:
         return None
     result = _C.squared_norm(tensors, torch.get_num_threads())
-    return None if isinstance(result, str) else math.sqrt(result[0])
+    return None if isinstance(result, str) else math.sqrt(result)
 
 
 def _norm(

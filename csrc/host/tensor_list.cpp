@@ -59,9 +59,4 @@ std::string TensorList::add(PyObject* tensor, bool written) {
   return "";
 }
 
-bool TensorList::any_float64() const {
-  return std::any_of(rows_.begin(), rows_.end(),
-                     [](const Row& row) { return row.dtype[kGrad] == DType::kFloat64; });
-}
-
 }  // namespace fusedopt::host

@@ -19,7 +19,6 @@ class TensorList {
   const std::string& reason() const { return reason_; }
   TableView table() const { return {rows_, groups_, layouts_}; }
   int device_index() const { return device_index_; }
-  bool any_float64() const;
 
  private:
   std::string add(PyObject* tensor, bool written);

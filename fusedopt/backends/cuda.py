@@ -21,18 +21,20 @@ if TYPE_CHECKING:
 
 _INFINITY = float("inf")
 
+_BUILD: dict[str, Any] = {} if _C is None else _C.build_info()
+
 # "cuda"; "cpu" in the build that emulates a GPU for tests.
-DEVICE_TYPE: str = "cuda" if _C is None else _C.build_info()["cuda_device_type"]
+DEVICE_TYPE: str = _BUILD.get("cuda_device_type", "cuda")
 
 
 def unavailable() -> str:
     if _C is None:
         return missing
-    if _C.build_info()["cuda_archs"] == "none":
+    if _BUILD["cuda_archs"] == "none":
         return "fusedopt was built without CUDA (nvcc was not found, or failed)"
     if DEVICE_TYPE == "cuda" and not torch.cuda.is_available():
         return "torch finds no CUDA device"
-    reason: str = _C.build_info()["cuda_unavailable"]
+    reason: str = _C.cuda_unavailable()
     return reason
 
 
@@ -128,7 +130,7 @@ def clip_(
         The total norm as a 0-dim float64 tensor on the device (0 without `norm`), or None where
         the kernels cannot serve these tensors.
     """
-    if unavailable() or not tensors or tensors[0].device.type != DEVICE_TYPE:
+    if not tensors or tensors[0].device.type != DEVICE_TYPE or unavailable():
         return None
     assert _C is not None
     device = tensors[0].device
