@@ -27,6 +27,7 @@ from pybind11.setup_helpers import ParallelCompile, Pybind11Extension
 from setuptools import setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CCompilerError, ExecError, PlatformError
+from setuptools.modified import newer_group
 
 SOURCES = sorted(glob("csrc/**/*.cpp", recursive=True))
 HEADERS = sorted(glob("csrc/**/*.h", recursive=True) + glob("csrc/**/*.cu*", recursive=True))
@@ -108,11 +109,14 @@ class Cuda:
 
     def flags(self) -> list[str]:
         """Contraction is off, as on the CPU: both compute the same bits."""
-        flags = ["-std=c++17", "-O3", "-fmad=false", "-Icsrc", "-DFUSEDOPT_CUDA"]
+        flags = ["-std=c++17", "-O3", "-fmad=false", "-Icsrc"]
         flags += ["-Xcompiler=-fPIC,-fvisibility=hidden"]
-        if self.version < (12, 1):  # kernels take 4 KiB of arguments
-            flags.append("-DFUSEDOPT_CUDA_SMALL_ARGS")
-        return flags
+        return flags + [f"-D{name}" for name in self.macros()]
+
+    def macros(self) -> list[str]:
+        """What host code and kernels must both know."""
+        small = self.version < (12, 1)  # kernels take 4 KiB of arguments
+        return ["FUSEDOPT_CUDA"] + ["FUSEDOPT_CUDA_SMALL_ARGS"] * small
 
 
 class OptionalBuildExt(build_ext):
@@ -136,10 +140,13 @@ class OptionalBuildExt(build_ext):
             target = Path(self.build_temp) / "launch.cu.o"
             target.parent.mkdir(parents=True, exist_ok=True)
             runtime = cuda.runtime()
-            newest = max(os.path.getmtime(f) for f in [*HEADERS, "setup.py"])
             stamp = target.with_suffix(".archs")
             known = stamp.read_text() if stamp.exists() else ""
-            if self.force or known != " ".join(archs) or target.stat().st_mtime < newest:
+            if (
+                self.force
+                or known != " ".join(archs)
+                or newer_group([*HEADERS, "setup.py"], str(target))
+            ):
                 cuda.compile("csrc/cuda/launch.cu", str(target), archs)
                 stamp.write_text(" ".join(archs))
         except (OSError, subprocess.CalledProcessError) as error:
@@ -147,9 +154,7 @@ class OptionalBuildExt(build_ext):
                 raise
             print(f"\nfusedopt: building without CUDA: {error}\n", file=sys.stderr)
             return
-        ext.define_macros.append(("FUSEDOPT_CUDA", "1"))
-        if "-DFUSEDOPT_CUDA_SMALL_ARGS" in cuda.flags():
-            ext.define_macros.append(("FUSEDOPT_CUDA_SMALL_ARGS", "1"))
+        ext.define_macros += [(name, "1") for name in cuda.macros()]
         ext.extra_objects += [str(target), runtime]
         ext.depends = [*ext.depends, str(target)]  # newer than the extension: link it again
         ext.extra_link_args += ["-ldl", "-lrt", "-lpthread"]

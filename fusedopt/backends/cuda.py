@@ -138,6 +138,8 @@ def clip_(
     if (device, stream) not in _clips:
         _clips.setdefault((device, stream), (_C.CudaClip(), DeviceMemory()))
     native, host = _clips[device, stream]
+    if _capturing():
+        host.keep_for_graphs()
     total = torch.zeros((), dtype=torch.float64, device=device)
     if native.run(tensors, host, norm, norm_only, max_norm, clip_value, total, stream):
         return None
@@ -161,8 +163,6 @@ def step(optimizer: FusedOptimizer, request: Request) -> str:
         return f"the first param with a gradient is not on a {DEVICE_TYPE} device"
     if not (request.needs_norm and request.process_group is not None):
         driver = _driver(optimizer, device)
-        if _capturing():
-            driver.host.keep_for_graphs()
         options = _options(optimizer, request, device, device)
         tensors = optimizer.param_groups, optimizer.state, driver.host
         reason: str = driver.plan.step(*tensors, *options)
@@ -205,7 +205,10 @@ def _driver(optimizer: FusedOptimizer, device: torch.device) -> Driver:
     drivers: dict[torch.device, Driver] = optimizer.__dict__.setdefault("_cuda_drivers", {})
     if device not in drivers:
         drivers.setdefault(device, Driver(optimizer.rule))
-    return drivers[device]
+    driver = drivers[device]
+    if _capturing():
+        driver.host.keep_for_graphs()
+    return driver
 
 
 def _options(
