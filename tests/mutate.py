@@ -11,19 +11,16 @@ import os
 import shutil
 import subprocess
 import sys
-import sysconfig
 import tempfile
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
-
-import pybind11
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from fusedopt._native import _C
 from tests.cuda_emulator import build as emulator
+from tests.native_build import build_extension
 
 ROOT = Path(__file__).parent.parent
 TESTS = [
@@ -147,27 +144,23 @@ UNTOUCHED = ("bindings", "tensor_access", "level", "none", "cuda_step")
 LEVEL = _C.build_info()["cpu_level"] if _C is not None else ""
 
 
-def build(sources: Path, package: Path, objects: Path, reuse: Path | None) -> None:
-    """Compiles csrc without optimisation of its time, and links it into `package`. Objects that no
-    mutation reaches are taken from `reuse`."""
-    flags = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-fopenmp", "-ffp-contract=off"]
-    flags += ["-fno-math-errno", "-w", "-Wno-psabi", f"-I{sources}", f"-I{pybind11.get_include()}"]
-    flags.append(f"-I{sysconfig.get_paths()['include']}")
-    objects.mkdir(parents=True)
+def build(csrc: Path, package: Path, objects: Path, reuse: Path | None = None) -> None:
+    """Links the CPU part of `csrc` into `package`. Objects that no mutation reaches are taken from
+    `reuse`."""
+    build_extension(
+        csrc,
+        package,
+        objects,
+        dict.fromkeys(csrc.rglob("*.cpp"), ("-std=c++17",)),
+        reuse=reuse,
+        changed=reached,
+    )
 
-    def compile_one(source: Path) -> Path:
-        target = objects / (source.stem + ".o")
-        idle_level = source.stem.startswith("level_") and source.stem != f"level_{LEVEL}"
-        if reuse is not None and (source.stem in UNTOUCHED or idle_level):
-            return reuse / target.name
-        subprocess.run(["g++", *flags, "-c", str(source), "-o", str(target)], check=True)
-        return target
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        parts = list(pool.map(compile_one, sorted(sources.rglob("*.cpp"))))
-    extension = package / ("_C" + sysconfig.get_config_var("EXT_SUFFIX"))
-    link = ["g++", "-shared", "-fopenmp", *map(str, parts), "-o", str(extension)]
-    subprocess.run(link, check=True)
+def reached(source: Path) -> bool:
+    """Whether a mutation can change what this machine runs of `source`."""
+    idle_level = source.stem.startswith("level_") and source.stem != f"level_{LEVEL}"
+    return source.stem not in UNTOUCHED and not idle_level
 
 
 def run_tests(site: Path, tests: list[str], *options: str, **environment: str) -> int:
@@ -204,7 +197,7 @@ def check_core(work: Path) -> Iterator[tuple[str, bool]]:
     shutil.copytree(ROOT / "fusedopt", site / "fusedopt", ignore=shutil.ignore_patterns("*.so"))
     shutil.copytree(ROOT / "tests", site / "tests")
     shutil.copy(ROOT / "pyproject.toml", site)
-    build(ROOT / "csrc", site / "fusedopt", work / "whole", None)
+    build(ROOT / "csrc", site / "fusedopt", work / "whole")
     options = ("-k", "not reference")
     yield "nothing broken", run_tests(site, TESTS, *options) == 0
     for number, (name, mutation) in enumerate(MUTATIONS.items()):

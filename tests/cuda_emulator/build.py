@@ -6,14 +6,10 @@ The result is a folder that holds the package and the tests: with it first on th
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-import sysconfig
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import pybind11
+from tests.native_build import build_extension
 
 ROOT = Path(__file__).parent.parent.parent
 EMULATOR = Path(__file__).parent
@@ -38,28 +34,18 @@ def build(
     )
     shutil.copytree(ROOT / "tests", target / "tests", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", target)
-    objects = target / "objects"
-    objects.mkdir()
-    common = ["-O1", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-fopenmp", "-pthread"]
-    common += ["-ffp-contract=off", "-fno-math-errno", "-w", "-Wno-psabi"]
-    common += ["-DFUSEDOPT_CUDA", "-DFUSEDOPT_CUDA_EMULATOR", '-DFUSEDOPT_CUDA_ARCHS="emulated"']
-    common += [f"-I{sources}", f"-I{EMULATOR}", f"-I{pybind11.get_include()}"]
-    common.append(f"-I{sysconfig.get_paths()['include']}")
-
-    def compile_one(source: Path) -> str:
-        result = objects / ("-".join(source.relative_to(sources).parts) + ".o")
-        if reuse is not None and source.suffix != ".cu":
-            return str(reuse / "objects" / result.name)
-        # Fused multiply-adds are slow calls without -mfma.
-        cuda = ["-x", "c++", "-include", "cuda_runtime.h", "-mavx2", "-mfma", *kernel_flags]
-        extra = cuda if source.suffix == ".cu" else []
-        subprocess.run(["g++", *common, *extra, "-c", str(source), "-o", str(result)], check=True)
-        return str(result)
-
-    files = sorted([*sources.rglob("*.cpp"), *sources.rglob("*.cu")])
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        parts = list(pool.map(compile_one, files))
-    extension = package / ("_C" + sysconfig.get_config_var("EXT_SUFFIX"))
-    link = ["g++", "-shared", "-fopenmp", "-pthread", *kernel_flags, *parts, "-o", str(extension)]
-    subprocess.run(link, check=True)
+    host = ("-std=c++20", "-pthread", f"-I{EMULATOR}")
+    host += ("-DFUSEDOPT_CUDA", "-DFUSEDOPT_CUDA_EMULATOR", '-DFUSEDOPT_CUDA_ARCHS="emulated"')
+    # Fused multiply-adds are slow calls without -mfma.
+    kernel = ("-x", "c++", "-include", "cuda_runtime.h", "-mavx2", "-mfma", *kernel_flags)
+    build_extension(
+        sources,
+        package,
+        target / "objects",
+        dict.fromkeys(sources.rglob("*.cpp"), host)
+        | dict.fromkeys(sources.rglob("*.cu"), host + kernel),
+        link_flags=kernel_flags,
+        reuse=reuse and reuse / "objects",
+        changed=lambda source: source.suffix == ".cu",
+    )
     return target
