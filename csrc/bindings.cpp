@@ -19,6 +19,7 @@
 #include "host/plan.h"
 #include "host/tensor_access.h"
 #include "host/tensor_list.h"
+#include "host/triton_step.h"
 #include "rules/registry.h"
 
 namespace py = pybind11;
@@ -231,6 +232,15 @@ void cuda_apply(CudaPlan& p, const py::object& squared_norm, bool norm, double m
   guarded([&] { p.plan.apply([&] { return arguments.run(&p); }); });
 }
 
+// A plan for tensors on one device, and the table that Triton kernels read.
+struct TritonPlan {
+  TritonPlan(const RuleKeys& keys, dlpack::DeviceType device, int chunk)
+      : plan(keys, device, true), driver(chunk) {}
+
+  Plan plan;
+  host::TritonDriver driver;
+};
+
 // Clips a list of gradients in place, or with norm_only takes their total norm; `total_norm` is a
 // 0-dim float64 tensor that takes it.
 std::string cuda_clip(host::CudaDriver& driver, const py::object& tensors, const py::object& host,
@@ -381,6 +391,47 @@ PYBIND11_MODULE(_C, m) {
       .def("roll_back", [](CudaPlan& p) { guarded([&] { p.plan.roll_back(); }); })
       .def_property_readonly("rows", [](const CudaPlan& p) { return p.plan.rows(); })
       .def_property_readonly("uploads", [](const CudaPlan& p) { return p.driver.uploads(); });
+
+  py::class_<TritonPlan>(m, "TritonPlan", py::module_local())
+      .def(py::init([](const std::string& rule, int device_type, int chunk) {
+             const RuleKeys keys = find_rule(rule);
+             if (chunk < 1 || (chunk & (chunk - 1)) != 0)
+               throw py::value_error("chunk must be a power of two, got " + std::to_string(chunk));
+             const auto device = static_cast<dlpack::DeviceType>(device_type);
+             return guarded([&] { return new TritonPlan(keys, device, chunk); });
+           }),
+           py::arg("rule"), py::arg("device_type"), py::arg("chunk"))
+      .def(
+          "step",
+          [](TritonPlan& p, const py::object& groups, const py::object& state,
+             const py::object& host) {
+            return guarded([&] {
+              return p.plan.step(groups.ptr(), state.ptr(), host.ptr(),
+                                 [&] { return p.driver.launch(&p.plan); });
+            });
+          },
+          py::arg("param_groups"), py::arg("state"), py::arg("host"))
+      .def(
+          "refresh",
+          [](TritonPlan& p, const py::object& groups, const py::object& state,
+             const py::object& host) {
+            return guarded([&] { return p.plan.refresh(groups.ptr(), state.ptr(), host.ptr()); });
+          },
+          py::arg("param_groups"), py::arg("state"), py::arg("host"))
+      .def("launch",
+           [](TritonPlan& p) {
+             guarded([&] {
+               p.plan.need_table();
+               p.driver.launch(&p.plan);
+             });
+           })
+      .def("apply",
+           [](TritonPlan& p) {
+             guarded([&] { p.plan.apply([&] { return p.driver.launch(&p.plan); }); });
+           })
+      .def("roll_back", [](TritonPlan& p) { guarded([&] { p.plan.roll_back(); }); })
+      .def_property_readonly("rows", [](const TritonPlan& p) { return p.plan.rows(); })
+      .def_property_readonly("uploads", [](const TritonPlan& p) { return p.driver.uploads(); });
 
   py::class_<host::CudaDriver>(m, "CudaClip", py::module_local())
       .def(py::init<>())

@@ -35,7 +35,8 @@ _FLOATING = {
     torch.bfloat16: (4, 16),
     torch.int64: (0, 64),
 }
-_DEVICES = {"cpu": 1, "cuda": 2}
+# torch.device.type: DLPack device type. ROCm builds of torch call their devices "cuda", too.
+DEVICES = {"cpu": 1, "cuda": 10 if torch.version.hip else 2, "xpu": 14}
 
 # libtorch functions that the direct access calls: library, mangled name.
 _TO_DLPACK = ("torch_cpu", "_ZN2at17toDLPackNonOwningERKNS_6TensorEP8DLTensor")
@@ -49,9 +50,9 @@ def describe(tensor: torch.Tensor) -> tuple[Any, ...] | None:
     strided tensor, sizes in elements; None for a tensor that has no such description."""
     if tensor.layout != torch.strided or tensor.dtype not in _FLOATING:
         return None
-    if tensor.device.type not in _DEVICES or tensor.is_conj() or tensor.is_neg():
+    if tensor.device.type not in DEVICES or tensor.is_conj() or tensor.is_neg():
         return None
-    device = (_DEVICES[tensor.device.type], tensor.device.index or 0)
+    device = (DEVICES[tensor.device.type], tensor.device.index or 0)
     layout = (tuple(tensor.shape), tuple(tensor.stride()))
     return (tensor.data_ptr(), *device, *_FLOATING[tensor.dtype], *layout)
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from fusedopt import _native
+from fusedopt.backends import triton
 
 
 def pytest_configure() -> None:
@@ -14,6 +15,11 @@ def pytest_configure() -> None:
     geometry = os.environ.get("FUSEDOPT_TEST_GEOMETRY")
     if geometry and _native._C is not None:
         _native._C.cuda_set_geometry(*map(int, geometry.split("x")))
+
+    if triton.interpreted():
+        from tests import triton_interpreter
+
+        triton_interpreter.install()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

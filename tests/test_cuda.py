@@ -136,7 +136,7 @@ def test_two_launches_around_a_norm_that_is_reduced(
     monkeypatch: pytest.MonkeyPatch, found_inf: float
 ) -> None:
     # Four ranks with the same gradients: the sum of their squared norms is four times this one's.
-    for module in (backends.cpu, backends.cuda):
+    for module in (backends.cpu, backends.gpu):
         monkeypatch.setattr(module, "all_reduce_sum", lambda t, group: t * 4)
     results = []
     for backend in ("cpu", "cuda"):

@@ -19,6 +19,8 @@ from tests.cases import (
     BACKENDS,
     CASES,
     DTYPES,
+    EXAMPLES,
+    MANY,
     NATIVE,
     SHORT,
     Case,
@@ -209,16 +211,16 @@ def test_empty_tensors_anywhere(case: Case, backend: str) -> None:
 
 @pytest.mark.parametrize("backend", NATIVE)
 def test_many_tiny_tensors_with_empties(backend: str) -> None:
-    sizes = [0 if i % 7 == 0 else 1 + (i * 37) % 50 for i in range(700)]
+    sizes = [0 if i % 7 == 0 else 1 + (i * 37) % 50 for i in range(MANY // 10)]
     params = make_params(sizes, torch.float32)
     optimizer = fusedopt.FusedAdamW(params, lr=0.01, backend=backend)
     check_against_oracle(CASES[0], optimizer, params)
 
 
 @pytest.mark.parametrize("backend", NATIVE)
-def test_ten_thousand_tensors_equal_one(backend: str) -> None:
+def test_many_tensors_equal_one(backend: str) -> None:
     generator = torch.Generator().manual_seed(0)
-    whole, grad = (torch.randn(10_000, 13, generator=generator) for _ in range(2))
+    whole, grad = (torch.randn(MANY, 13, generator=generator) for _ in range(2))
     one = torch.nn.Parameter(whole.clone())
     one.grad = grad.clone()
     many = [torch.nn.Parameter(row.clone()) for row in whole]
@@ -254,7 +256,7 @@ def permuted(values: Tensor, order: list[int], gaps: bool) -> Tensor:
 
 
 @pytest.mark.parametrize("backend", NATIVE)
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(models(), st.sampled_from(SHORT), st.randoms(use_true_random=False))
 def test_any_model_matches_the_oracle(backend: str, model: Any, case: Case, random: Any) -> None:
     generator = torch.Generator().manual_seed(random.getrandbits(30))

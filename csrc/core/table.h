@@ -51,6 +51,12 @@ struct Layout {
   int64_t stride[kOperands][kMaxDims];
 };
 
+// Elements [index * size, (index + 1) * size) of a row, for drivers that walk chunks of one size.
+struct ChunkRef {
+  int32_t row;
+  int32_t index;
+};
+
 struct TableView {
   const std::vector<Row>& rows;
   const std::vector<Group>& groups;

@@ -8,13 +8,7 @@
 
 namespace fusedopt::cuda {
 
-// A chunk: elements [index * kChunk, (index + 1) * kChunk) of a row.
-struct ChunkRef {
-  int32_t row;
-  int32_t index;
-};
-constexpr int kChunk = 1 << 14;
-
+constexpr int kChunk = 1 << 14;   // elements
 constexpr int kThreads = 256;     // of a block, at most
 constexpr int kMaxBlocks = 4096;  // of a grid
 
@@ -32,8 +26,6 @@ constexpr int kInlineWords = 480;
 #else
 constexpr int kInlineWords = 4000;
 #endif
-constexpr int kGroupWords = sizeof(Group) / sizeof(uint64_t);
-static_assert(sizeof(Group) % sizeof(uint64_t) == 0);
 
 struct StepArgs {
   // The table, in device memory. Rows have no gradient there.

@@ -1,16 +1,12 @@
-// Runs the CUDA driver over a plan's table, or over a list of gradients.
-//
-// The static part of the table (rows without their gradients, chunks, layouts) lies in device
-// memory, and is uploaded only when it differs from the last one. Gradient pointers and param
-// groups travel as kernel arguments, or where they are too many are uploaded, too.
+// Runs the CUDA driver over a plan's table, or over a list of gradients. Gradient pointers and
+// param groups travel as kernel arguments, or where they are too many are uploaded.
 #pragma once
 
 #include <cstdint>
-#include <functional>
 #include <memory>
-#include <vector>
 
 #include "cuda/launch.h"
+#include "host/device_table.h"
 #include "host/plan.h"
 
 namespace fusedopt::host {
@@ -35,16 +31,8 @@ struct CudaOptions {
   uintptr_t stream = 0;
 };
 
-// A table, and whom to ask for memory on its device: host.upload(address, bytes, slot, device) and
-// host.workspace(bytes, device) return addresses there.
-struct CudaTable {
-  TableView table;
-  int device;
-  PyObject* host;
-  std::function<void()> before_python;  // called before Python code runs
-};
-
-// Belongs to one optimizer, and to one device.
+// Belongs to one optimizer, and to one device. Asks the source's host for a workspace, too:
+// host.workspace(bytes) returns a tensor of zeros, the same on each call.
 class CudaDriver {
  public:
   // Starts the step, and returns without waiting for it. Returns whether it was skipped, where the
@@ -53,22 +41,15 @@ class CudaDriver {
   bool step(Plan* plan, const CudaOptions& options);
 
   // Scales a list of gradients in place; with norm_only, takes their squared norm.
-  void clip(const CudaTable& table, const CudaOptions& options);
+  void clip(const TableSource& source, const CudaOptions& options);
 
   // How often something was uploaded.
-  int64_t uploads() const { return uploads_; }
+  int64_t uploads() const { return table_.uploads(); }
 
  private:
-  const cuda::StepArgs& prepare(const CudaTable& table, const CudaOptions& options);
-  void refresh_table(const CudaTable& table);
-  void refresh_words(const CudaTable& table);
-  uintptr_t upload(const CudaTable& table, const void* from, size_t bytes, const char* slot);
+  const cuda::StepArgs& prepare(const TableSource& source, const CudaOptions& options);
 
-  std::vector<Row> rows_;  // as uploaded
-  std::vector<Layout> layouts_;
-  std::vector<uint64_t> spilled_;
-  int device_ = -1;
-  int64_t uploads_ = 0;
+  DeviceTable table_{cuda::kChunk};
   std::unique_ptr<cuda::StepArgs> args_;  // 32 KB, with the pointers into device memory
 };
 

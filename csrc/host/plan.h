@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "core/table.h"
+#include "host/device_table.h"
 #include "host/dict_reader.h"
 #include "host/group_reader.h"
 #include "host/state_index.h"
@@ -67,7 +68,9 @@ class Plan {
   int64_t elements() const { return elements_; }
   int device_index() const { return device_index_; }  // of all tensors
   bool has_created_state() const { return !created_.empty(); }
-  PyObject* host() const { return host_; }
+  TableSource source() {
+    return {table(), device_index_, host_, [this] { hold_grads(); }};
+  }
   void need_table() const;
   // From here on Python code may run, in this thread or another, and drop a gradient.
   void hold_grads();

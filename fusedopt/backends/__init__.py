@@ -75,7 +75,11 @@ def candidates(backend: str) -> list[tuple[str, ModuleType]]:
         RuntimeError: a backend asked for by name that cannot run on this machine, with the reason.
     """
     if backend == "auto":
-        return [(name, module) for name, module in BACKENDS.items() if not module.unavailable()]
+        return [
+            (name, module)
+            for name, module in BACKENDS.items()
+            if not (module.unavailable() or (module is triton and triton.interpreted()))
+        ]
     module = BACKENDS[backend]
     reason = module.unavailable()
     if reason:

@@ -1,19 +1,169 @@
-"""Triton kernels. This version has none; triton is never imported."""
+"""The Triton driver (triton_kernels/) for params on NVIDIA, AMD and Intel GPUs.
+
+triton is imported in the first step that it serves, not before. Under TRITON_INTERPRET=1 its
+interpreter runs the kernels over CPU tensors, for tests.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import functools
+import importlib.util
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fusedopt._native import _C, DEVICES, missing
+from fusedopt.backends.gpu import Driver, Gpu, GpuHost, Options, capturing
 
 if TYPE_CHECKING:
+    from fusedopt._C import TritonPlan
     from fusedopt.backends import Request
     from fusedopt.optimizer import FusedOptimizer
+    from fusedopt.rule import Rule
+    from fusedopt.triton_kernels.launch import Config, Scalars, Table
 
-NO_KERNELS = "this version of fusedopt has no Triton kernels"
+
+_INFINITY = float("inf")
+
+
+def interpreted() -> bool:
+    """Whether Triton runs kernels in its interpreter."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 
 
 def unavailable() -> str:
-    return NO_KERNELS
+    if _C is None:
+        return missing
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if interpreted() or torch.cuda.is_available():
+        return ""
+    if not torch.xpu.is_available():
+        return "torch finds no CUDA, ROCm or XPU device"
+    if not torch.xpu.get_device_properties().has_fp64:
+        return "the XPU device has no float64"
+    return ""
 
 
 def step(optimizer: FusedOptimizer, request: Request) -> str:
-    return NO_KERNELS
+    return _gpu().step(optimizer, request)
+
+
+@functools.cache
+def _gpu() -> Gpu:
+    device_type = "cuda" if torch.cuda.is_available() else "xpu"
+    return Gpu("triton", "cpu" if interpreted() else device_type, TritonDriver)
+
+
+class TritonHost(GpuHost):
+    """Starts the kernels when the plan has brought its table to the device."""
+
+    start: Callable[[Table, int], None]  # the kernels of this part of the step
+    may_skip = False
+
+    def launch(
+        self,
+        rows: int,
+        layouts: int,
+        chunks: int,
+        words: int,
+        row_count: int,
+        chunk_count: int,
+        kinds: tuple[int, ...],
+        may_take_back: bool,
+    ) -> bool:
+        """What csrc/host/triton_step.h says."""
+        from fusedopt.triton_kernels import launch, norm
+
+        workspace = self.workspace(8 * norm.WORKSPACE_WORDS)
+        table = launch.Table(rows, layouts, chunks, words, row_count, chunk_count, kinds)
+        self.start(table, workspace.data_ptr())
+        if not (may_take_back and self.may_skip):
+            return False
+        return bool(workspace.view(torch.int64)[norm.SKIPPED.value].item())
+
+
+class TritonDriver(Driver):
+    def __init__(self, rule: Rule, device: torch.device, config: Config | None = None) -> None:
+        from fusedopt.triton_kernels import launch, tune
+
+        assert _C is not None
+        self.plan: TritonPlan = _C.TritonPlan(rule.name, DEVICES[device.type], launch.CHUNK)
+        self.host: TritonHost = TritonHost(rule, device)
+        if config is None and capturing(device):
+            config = launch.DEFAULT
+        elif config is None:
+            config = tune.config_for(rule.name, device, functools.partial(_measure, rule))
+        self.launcher = launch.Launcher(rule.name, device, config)
+
+    def step(self, groups: list[dict[str, Any]], state: dict[Any, Any], options: Options) -> str:
+        clip, skip = options.norm, options.skip_nonfinite
+        scalars = _scalars(options)
+        self.host.start = lambda table, workspace: self.launcher.step(
+            table, scalars, workspace, clip, skip
+        )
+        self.host.may_skip = skip or options.found_inf is not None
+        return self.plan.step(groups, state, self.host)
+
+    def refresh(self, groups: list[dict[str, Any]], state: dict[Any, Any]) -> str:
+        return self.plan.refresh(groups, state, self.host)
+
+    def squared_norm(self, out: Tensor) -> None:
+        self.host.start = lambda table, workspace: self.launcher.norm(
+            table, workspace, out.data_ptr()
+        )
+        self.host.may_skip = False
+        self.plan.launch()
+
+    def apply(self, squared_norm: Tensor | None, options: Options) -> None:
+        squared, scalars = _address(squared_norm), _scalars(options)
+        clip, skip = options.norm, options.skip_nonfinite
+        self.host.start = lambda table, workspace: self.launcher.apply(
+            table, scalars, workspace, squared, clip, skip
+        )
+        self.host.may_skip = skip or options.found_inf is not None
+        self.plan.apply()
+
+    def roll_back(self) -> None:
+        self.plan.roll_back()
+
+
+def _measure(
+    rule: Rule, device: torch.device, candidates: tuple[Config, ...]
+) -> dict[Config, float]:
+    """Milliseconds of a step over 64 MiB of float32 params, for tune.config_for."""
+    from fusedopt.triton_kernels import tune
+
+    param = torch.randn(1 << 24, device=device)
+    param.grad = torch.randn_like(param)
+    values = {"lr": 1e-3, "betas": (0.9, 0.999), "momentum": 0.9, "eps": 1e-8}
+    keys = [key.partition("[")[0] for key in rule.hyper]
+    group = {**{key: values.get(key, 0.0) for key in keys}, "maximize": False, "params": [param]}
+    state: dict[Any, Any] = {}
+    options = Options(device, False, _INFINITY, _INFINITY, None, None, False, None, None)
+    drivers = {config: TritonDriver(rule, device, config) for config in candidates}
+    steps = {
+        config: functools.partial(driver.step, [group], state, options)
+        for config, driver in drivers.items()
+    }
+    return tune.median_times(steps, device)
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _scalars(options: Options) -> Scalars:
+    from fusedopt.triton_kernels.launch import Scalars
+
+    return Scalars(
+        _address(options.grad_scale),
+        _address(options.found_inf),
+        _address(options.grad_norm),
+        _address(options.skipped_steps),
+        options.max_norm,
+        options.clip_value,
+    )

@@ -1,0 +1,266 @@
+"""What the drivers for GPUs share: memory on the device, and a step over one or more devices."""
+
+from __future__ import annotations
+
+import ctypes
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fusedopt.distributed import all_reduce_sum
+from fusedopt.plan import Host, as_step
+from fusedopt.rule import Rule
+
+if TYPE_CHECKING:
+    from fusedopt.backends import Request
+    from fusedopt.optimizer import FusedOptimizer
+
+_INFINITY = float("inf")
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether the device's current stream is being captured into a graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+class DeviceMemory:
+    """Memory on one device, for a native driver to ask for."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._memory: dict[str, Tensor] = {}
+        self._captured: list[Tensor] = []  # what captured graphs read: alive for good
+
+    def upload(self, address: int, size: int, slot: str) -> int:
+        """Copies bytes of the host to device memory, and returns their address there.
+
+        Raises:
+            RuntimeError: under graph capture, where a replay would read the host's memory again.
+        """
+        if capturing(self.device):
+            raise RuntimeError(
+                "the tensors of this step are not those of the step before: run one step with "
+                "the same tensors before a CUDA graph is captured"
+            )
+        pinned = self.device.type != "cpu"
+        source = torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=pinned)
+        ctypes.memmove(source.data_ptr(), address, size)
+        # The pinned memory is reused only after the copy, the old table only after its kernels:
+        # both allocators go by the stream.
+        self._memory[slot] = table = source.to(self.device, non_blocking=True, copy=True)
+        return table.data_ptr()
+
+    def workspace(self, size: int) -> Tensor:
+        """`size` bytes, zeros at first, the same on each call."""
+        if "workspace" not in self._memory:
+            zeros = torch.zeros(size, dtype=torch.uint8, device=self.device)
+            self._memory["workspace"] = zeros
+        return self._memory["workspace"]
+
+    def keep_for_graph(self) -> None:
+        """Under graph capture, keeps all memory of this step alive: the graph will read it."""
+        if capturing(self.device):
+            known = {id(t) for t in self._captured}
+            self._captured += [t for t in self._memory.values() if id(t) not in known]
+
+
+class GpuHost(Host, DeviceMemory):
+    """What the plan of one optimizer and device asks Python for."""
+
+    def __init__(self, rule: Rule, device: torch.device) -> None:
+        Host.__init__(self, rule)
+        DeviceMemory.__init__(self, device)
+
+    def new_state(self, param: Tensor, key: str) -> Tensor:
+        """As Host, on the param's device."""
+        if capturing(self.device):
+            raise RuntimeError("run one step before a CUDA graph is captured: it makes the state")
+        return super().new_state(param, key).to(param.device)
+
+    def normalise_step(self, param: Tensor, state: dict[str, Any]) -> None:
+        state["step"] = as_step(state["step"]).to(param.device)
+
+
+@dataclass
+class Options:
+    """What a step on one device does; tensors lie on the device.
+
+    Attributes:
+        device: of the params.
+        norm: whether the total norm is asked for.
+        max_norm, clip_value: infinity where not asked for.
+        grad_scale, found_inf: 0-dim float32, or None.
+        grad_norm: 0-dim float32 that takes the total norm, or None.
+        skipped_steps: 0-dim int64 that a skipped step adds 1 to, or None.
+    """
+
+    device: torch.device
+    norm: bool
+    max_norm: float
+    clip_value: float
+    grad_scale: Tensor | None
+    found_inf: Tensor | None
+    skip_nonfinite: bool
+    grad_norm: Tensor | None
+    skipped_steps: Tensor | None
+
+
+class Driver(ABC):
+    """The plan and the memory of one optimizer on one device."""
+
+    host: GpuHost
+
+    @abstractmethod
+    def step(self, groups: list[dict[str, Any]], state: dict[Any, Any], options: Options) -> str:
+        """One step over tensors on this device; "" or why it cannot serve them."""
+
+    @abstractmethod
+    def refresh(self, groups: list[dict[str, Any]], state: dict[Any, Any]) -> str:
+        """The first part of a step around a norm that is summed over devices: builds the table."""
+
+    @abstractmethod
+    def squared_norm(self, out: Tensor) -> None:
+        """Between refresh and apply: the squared norm of the gradients as they are stored, into a
+        0-dim float64 tensor."""
+
+    @abstractmethod
+    def apply(self, squared_norm: Tensor | None, options: Options) -> None:
+        """The rest of the step, with the sum of the squared norms."""
+
+    @abstractmethod
+    def roll_back(self) -> None:
+        """Ends the step after refresh, and takes back the state that was created."""
+
+
+class Gpu:
+    """The steps of one backend, over params on devices of one type."""
+
+    def __init__(
+        self,
+        name: str,
+        device_type: str,
+        new_driver: Callable[[Rule, torch.device], Driver],
+    ) -> None:
+        self._slot = f"_{name}_drivers"
+        self._type = device_type
+        self._new_driver = new_driver
+
+    def step(self, optimizer: FusedOptimizer, request: Request) -> str:
+        device = next(_devices(optimizer), None)
+        if device is None:
+            return self._step_without_gradients(optimizer, request)
+        if device.type != self._type:
+            return f"the first param with a gradient is not on a {self._type} device"
+        if not (request.needs_norm and request.process_group is not None):
+            driver = self._driver(optimizer, device)
+            options = _options(optimizer, request, device, device)
+            reason = driver.step(optimizer.param_groups, optimizer.state, options)
+            if not reason:
+                return ""
+        devices = list(dict.fromkeys(_devices(optimizer)))
+        if any(d.type != self._type for d in devices):
+            return f"not all params with a gradient are on a {self._type} device"
+        if len(devices) == 1 and request.process_group is None:
+            return reason
+        return self._step_in_parts(optimizer, request, devices)
+
+    def _step_without_gradients(self, optimizer: FusedOptimizer, request: Request) -> str:
+        """Changes nothing; but other ranks may have gradients, and wait for this one's share."""
+        first = next((p for group in optimizer.param_groups for p in group["params"]), None)
+        device = torch.device(self._type) if first is None else first.device
+        if device.type != self._type:
+            return f"the first param is not on a {self._type} device"
+        if capturing(device):
+            raise RuntimeError("no param has a gradient: a CUDA graph of this step would be empty")
+        if request.needs_norm:
+            squared = torch.zeros((), dtype=torch.float64, device=device)
+            if request.process_group is not None:
+                squared = all_reduce_sum(squared, request.process_group)
+            scale = 1.0 if request.grad_scale is None else request.grad_scale.to(device)
+            optimizer._norm_buffer(device).copy_(squared.sqrt() / scale)
+        return ""
+
+    def _driver(self, optimizer: FusedOptimizer, device: torch.device) -> Driver:
+        drivers: dict[torch.device, Driver] = optimizer.__dict__.setdefault(self._slot, {})
+        if device not in drivers:
+            drivers.setdefault(device, self._new_driver(optimizer.rule, device))
+        driver = drivers[device]
+        driver.host.keep_for_graph()
+        return driver
+
+    def _step_in_parts(
+        self, optimizer: FusedOptimizer, request: Request, devices: list[torch.device]
+    ) -> str:
+        """A step whose norm spans devices or ranks: each device's norm, their sum, the update."""
+        main = devices[0]
+        drivers = {device: self._driver(optimizer, device) for device in devices}
+        refreshed: list[Driver] = []
+        try:
+            for device, driver in drivers.items():
+                reason = driver.refresh(_groups_on(optimizer, device), optimizer.state)
+                if reason:
+                    for other in refreshed:
+                        other.roll_back()
+                    return reason
+                refreshed.append(driver)
+            total: Tensor | None = None
+            if request.needs_norm:
+                parts = []
+                for device, driver in drivers.items():
+                    part = torch.zeros((), dtype=torch.float64, device=device)
+                    driver.squared_norm(part)
+                    parts.append(part.to(main))
+                total = torch.stack(parts).sum()
+                if request.process_group is not None:
+                    total = all_reduce_sum(total, request.process_group)
+            for device, driver in drivers.items():
+                squared = None if total is None else total.to(device)
+                driver.apply(squared, _options(optimizer, request, device, main))
+        except BaseException:
+            for driver in refreshed:
+                driver.roll_back()
+            raise
+        return ""
+
+
+def _devices(optimizer: FusedOptimizer) -> Iterator[torch.device]:
+    """Of each param with a gradient."""
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            if param.grad is not None:
+                yield param.device
+
+
+def _options(
+    optimizer: FusedOptimizer, request: Request, device: torch.device, main: torch.device
+) -> Options:
+    """For one of the devices; the figures are written on the main one."""
+    max_norm, clip_value = request.max_grad_norm, request.clip_grad_value
+    norm_here = request.needs_norm and device == main
+    return Options(
+        device,
+        norm=request.needs_norm,
+        max_norm=_INFINITY if max_norm is None else max_norm,
+        clip_value=_INFINITY if clip_value is None else clip_value,
+        grad_scale=_on(request.grad_scale, device),
+        found_inf=_on(request.found_inf, device),
+        skip_nonfinite=request.skip_nonfinite,
+        grad_norm=optimizer._norm_buffer(main) if norm_here else None,
+        skipped_steps=optimizer._skipped_buffer(main) if device == main else None,
+    )
+
+
+def _on(scalar: Tensor | None, device: torch.device) -> Tensor | None:
+    return None if scalar is None else scalar.to(device, torch.float32)
+
+
+def _groups_on(optimizer: FusedOptimizer, device: torch.device) -> list[dict[str, Any]]:
+    """The param groups with only the params on one device."""
+    return [
+        {**group, "params": [p for p in group["params"] if p.device == device]}
+        for group in optimizer.param_groups
+    ]

@@ -1,0 +1,50 @@
+"""Makes Triton's interpreter fit for tests: it rounds as a GPU does, and is not slow without need.
+
+- Its fma rounds twice, and its cast from float32 to bfloat16 truncates. (What a GPU does is seen in
+  the compiled kernels: test_triton_compiled.py.)
+- It prepares triton.language anew for each call of a function inside a kernel, which takes longer
+  than most functions. Once for a module and launch is enough.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from triton import language as tl
+from triton.runtime import interpreter
+
+
+def install() -> None:
+    cast = interpreter.InterpreterBuilder.cast_impl
+    launch = interpreter.GridExecutor.__call__
+    prepared: set[str] = set()
+
+    def fma(self: Any, x: Any, y: Any, z: Any) -> Any:
+        # The next wider type holds the product of two float32 exactly, and that of two float64 to
+        # 11 bits more than the result has.
+        wide = np.longdouble if z.data.dtype == np.float64 else np.float64
+        result = x.data.astype(wide) * y.data.astype(wide) + z.data.astype(wide)
+        return interpreter.TensorHandle(result.astype(z.data.dtype), z.dtype.scalar)
+
+    def cast_rounded(self: Any, src: Any, dst_type: Any) -> Any:
+        if src.dtype.scalar == tl.float32 and dst_type.scalar == tl.bfloat16:
+            rounded = torch.from_numpy(np.array(src.data)).bfloat16().view(torch.uint16).numpy()
+            return interpreter.TensorHandle(rounded, dst_type.scalar)
+        return cast(self, src, dst_type)
+
+    def launch_anew(self: Any, *args: Any, **kwargs: Any) -> None:
+        prepared.clear()
+        launch(self, *args, **kwargs)
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.fn.__module__ not in prepared:
+            interpreter._patch_lang(self.fn)
+            prepared.add(self.fn.__module__)
+        return self.rewrite()(*args, **kwargs)
+
+    interpreter.InterpreterBuilder.create_fma = fma
+    interpreter.InterpreterBuilder.cast_impl = cast_rounded
+    interpreter.GridExecutor.__call__ = launch_anew
+    interpreter.InterpretedFunction.__call__ = call
