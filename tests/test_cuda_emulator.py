@@ -6,23 +6,14 @@ which the backend "cuda" takes CPU tensors.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
-import coverage
 import pytest
 
 from tests.cuda_emulator.build import build
+from tests.separate import passed, run_tests
 
-ROOT = Path(__file__).parent.parent
-SCRIPT = """
-import sys, pytest
-import fusedopt._native as native
-assert native._C.build_info()["cuda_archs"] == "emulated", native._C.__file__
-sys.exit(pytest.main(sys.argv[1:]))
-"""
+CHECK = 'assert native._C.build_info()["cuda_archs"] == "emulated", native._C.__file__'
 
 
 @pytest.fixture(scope="session")
@@ -31,31 +22,15 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(site: Path, geometry: str, *arguments: str, measured: bool = False) -> str:
-    """Runs tests over the backend "cuda" with a grid of blocks x threads; returns the output.
-    With `measured`, the lines that they run count as covered by this process's tests."""
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(site),
-        "FUSEDOPT_TEST_BACKENDS": "cuda",
-        "FUSEDOPT_TEST_GEOMETRY": geometry,
-    }
-    script = site / "run.py"
-    script.write_text(SCRIPT)
-    command = [sys.executable]
-    if measured and coverage.Coverage.current() is not None:
-        command += ["-m", "coverage", "run", "--parallel-mode", "--source=fusedopt"]
-        command.append(f"--data-file={ROOT / '.coverage'}")
-    command += [str(script), "-q", "-p", "no:cacheprovider", "-p", "no:cov"]
-    done = subprocess.run(
-        [*command, *arguments], cwd=site, env=environment, capture_output=True, text=True
+    """Runs tests over the backend "cuda" with a grid of blocks x threads; returns the output."""
+    return run_tests(
+        site,
+        *arguments,
+        check=CHECK,
+        measured=measured,
+        FUSEDOPT_TEST_BACKENDS="cuda",
+        FUSEDOPT_TEST_GEOMETRY=geometry,
     )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    return done.stdout
-
-
-def passed(output: str) -> int:
-    """How many tests passed, by pytest's last line."""
-    return int(output.rpartition(" passed")[0].split()[-1])
 
 
 def test_all_parity_cases(emulated: Path) -> None:

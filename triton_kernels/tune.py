@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 import triton
-
 from fusedopt.triton_kernels.launch import DEFAULT, INTERPRETED, Config
 
 # Eight elements a thread, and for float32 alone four, with more or fewer programs.
@@ -45,7 +44,7 @@ def config_for(rule: str, device: torch.device, measure: Measure) -> Config:
         return found
     try:
         times = measure(device, CANDIDATES)
-    except torch.OutOfMemoryError:
+    except torch.cuda.OutOfMemoryError:
         return DEFAULT  # not kept: the next process may have the memory
     best = min(times, key=times.__getitem__)
     known[rule] = {

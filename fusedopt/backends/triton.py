@@ -49,6 +49,10 @@ def unavailable() -> str:
 
 
 def step(optimizer: FusedOptimizer, request: Request) -> str:
+    from fusedopt.triton_kernels.rules import RULES
+
+    if optimizer.rule.name not in RULES:
+        return f"{optimizer.rule.name} has no Triton kernel"
     return _gpu().step(optimizer, request)
 
 
@@ -144,11 +148,13 @@ def _measure(
     group = {**{key: values.get(key, 0.0) for key in keys}, "maximize": False, "params": [param]}
     state: dict[Any, Any] = {}
     options = Options(device, False, _INFINITY, _INFINITY, None, None, False, None, None)
+
+    def step_of(driver: TritonDriver) -> None:
+        reason = driver.step([group], state, options)
+        assert not reason, reason
+
     drivers = {config: TritonDriver(rule, device, config) for config in candidates}
-    steps = {
-        config: functools.partial(driver.step, [group], state, options)
-        for config, driver in drivers.items()
-    }
+    steps = {config: functools.partial(step_of, driver) for config, driver in drivers.items()}
     return tune.median_times(steps, device)
 
 

@@ -1,0 +1,160 @@
+"""The Triton driver itself: launches, uploads, blocks, agreement with the CPU driver. Runs under
+Triton's interpreter (see test_triton.py)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import fusedopt
+from fusedopt.backends import cpu, gpu, triton
+from tests.cases import DTYPES, SHORT, Case, make_params, new_grads
+
+pytestmark = pytest.mark.skipif(not triton.interpreted(), reason="needs TRITON_INTERPRET=1")
+
+
+def driver_of(optimizer: fusedopt.FusedOptimizer) -> Any:
+    return optimizer._triton_drivers[torch.device("cpu")]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("programs", [1, 3, 7])
+@pytest.mark.parametrize("case", SHORT, ids=str)
+def test_any_number_of_programs(case: Case, programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fusedopt.triton_kernels import launch
+
+    monkeypatch.setattr(launch, "INTERPRETED_PROGRAMS", programs)
+    results = []
+    for backend in ("triton", "cpu"):
+        params = make_params([1, 300, 65_536, 70_000, 131_073], torch.float32)
+        optimizer = case.fused(params, backend=backend, max_grad_norm=1.0, **case.options)
+        for _ in range(2):
+            optimizer.step()
+        assert optimizer.grad_norm is not None
+        results.append([optimizer.grad_norm, *(p.detach() for p in params)])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=3e-7, atol=1e-8)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_aligned_and_misaligned_blocks_agree_bitwise(dtype: torch.dtype) -> None:
+    # The same values, with every operand on a 16-byte boundary and with one off it.
+    results = []
+    for offset in (0, 1):
+        (param,) = make_params([20_000], dtype)
+        memory = torch.zeros(20_001, dtype=dtype)
+        memory[offset : offset + 20_000] = param.detach()
+        moved = torch.nn.Parameter(memory[offset : offset + 20_000])
+        assert param.grad is not None
+        moved.grad = param.grad
+        assert moved.data_ptr() % 16 == offset * dtype.itemsize
+        optimizer = fusedopt.FusedAdamW([moved], lr=0.01, backend="triton")
+        optimizer.step()
+        results.append(moved.detach().clone())
+        assert memory[20_000 * (1 - offset)] == 0
+    assert torch.equal(*results)
+
+
+def test_uploads_and_launches() -> None:
+    params = make_params([100] * 20, torch.float32)
+    optimizer = fusedopt.FusedAdamW(params, lr=1e-3, backend="triton")
+    seen = []
+    for step in range(4):
+        if step == 3:
+            optimizer.param_groups[0]["lr"] = 2e-3
+        optimizer.step()
+        driver = driver_of(optimizer)
+        seen.append((driver.plan.uploads, driver.launcher.launches))
+    # The table twice, because the state is new at first; then the words alone.
+    assert seen == [(2, 1), (4, 2), (4, 3), (5, 4)]
+    optimizer.max_grad_norm = 1.0  # two launches, where programs cannot wait for each other
+    optimizer.step()
+    assert driver_of(optimizer).launcher.launches == 6
+
+
+def test_many_groups_and_dtypes_in_one_launch() -> None:
+    params = []
+    for seed, dtype in enumerate((torch.float32, torch.bfloat16, torch.float16)):
+        params += make_params([1 + n % 40 for n in range(31)], dtype, seed=seed)
+    groups = [{"params": [p], "lr": 1e-3 * (1 + i % 7)} for i, p in enumerate(params)]
+    results = []
+    for backend in ("triton", "cpu"):
+        copies = [torch.nn.Parameter(p.detach().clone()) for p in params]
+        for p, q in zip(params, copies, strict=True):
+            q.grad = p.grad
+        mine = [{**g, "params": [q]} for g, q in zip(groups, copies, strict=True)]
+        optimizer = fusedopt.FusedAdamW(mine, backend=backend)
+        optimizer.step()
+        results.append([p.detach().float() for p in copies])
+        if backend == "triton":
+            assert driver_of(optimizer).launcher.launches == 1
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=3e-7, atol=1e-8)
+
+
+@pytest.mark.parametrize("found_inf", [0.0, 1.0])
+def test_a_norm_that_is_reduced_over_ranks(
+    monkeypatch: pytest.MonkeyPatch, found_inf: float
+) -> None:
+    # Four ranks with the same gradients: the sum of their squared norms is four times this one's.
+    for module in (cpu, gpu):
+        monkeypatch.setattr(module, "all_reduce_sum", lambda t, group: t * 4)
+    results = []
+    for backend in ("cpu", "triton"):
+        params = make_params([1, 300, 20_000], torch.float32)
+        optimizer = fusedopt.FusedAdamW(
+            params, lr=1e-2, max_grad_norm=0.5, process_group=object(), backend=backend
+        )
+        optimizer.step()
+        optimizer.found_inf = torch.tensor(found_inf)  # type: ignore[attr-defined]
+        optimizer.step()
+        assert optimizer.grad_norm is not None
+        results.append([optimizer.grad_norm.clone(), *(p.detach() for p in params)])
+        assert all(e["step"].item() == 2 - found_inf for e in optimizer.state.values())
+        assert optimizer.skipped_steps.item() == found_inf
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("lr_dtype", DTYPES, ids=str)
+def test_a_tensor_lr_of_any_dtype(lr_dtype: torch.dtype) -> None:
+    results = []
+    for lr in (torch.tensor(0.0625, dtype=lr_dtype), 0.0625):
+        params = make_params([33, 1000], torch.float32)
+        optimizer = fusedopt.FusedSGD(params, lr=lr, backend="triton")
+        optimizer.step()
+        results.append([p.detach() for p in params])
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_the_norm_is_the_same_on_each_run() -> None:
+    norms = set()
+    for _ in range(3):
+        params = make_params([5, 100_003, 1, 40_000], torch.float32)
+        optimizer = fusedopt.FusedSGD(params, lr=0.1, max_grad_norm=1.0, backend="triton")
+        optimizer.step()
+        assert optimizer.grad_norm is not None
+        norms.add(optimizer.grad_norm.item())
+    assert len(norms) == 1
+
+
+def test_counters_of_the_workspace_are_reset() -> None:
+    params = make_params([100, 200], torch.float32)
+    optimizer = fusedopt.FusedAdamW(params, max_grad_norm=1.0, backend="triton")
+    for _ in range(2):
+        new_grads(params, torch.Generator().manual_seed(0))
+        optimizer.step()
+        workspace = driver_of(optimizer).host.workspace(0).view(torch.int64)
+        assert workspace[:2].tolist() == [0, 0]
+
+
+def test_a_rule_without_triton_functions_gives_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fusedopt.triton_kernels import rules
+
+    monkeypatch.delitem(rules.RULES, "adamw")
+    params = make_params([5], torch.float32)
+    optimizer = fusedopt.FusedAdamW(params, backend="triton")
+    with pytest.raises(RuntimeError, match="triton: adamw has no Triton kernel"):
+        optimizer.step()
