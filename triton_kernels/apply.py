@@ -199,13 +199,6 @@ def _update_dense(
 
 
 @triton.jit
-def _strided(row, layout, index, INDEX: tl.constexpr, KIND: tl.constexpr):
-    """Pointers to the elements `index` of the param or a state."""
-    USED: tl.constexpr = _operand(INDEX, KIND)
-    return word(row, USED).to(_type(INDEX, KIND)) + strided_offsets(layout, index, USED)
-
-
-@triton.jit
 def _update_strided(
     row,
     grad,
@@ -219,15 +212,20 @@ def _update_strided(
     KIND: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    p = _address(row, 0, 0, KIND).to(_type(0, KIND))
+    g = grad.to(_type(1, KIND))
+    s0 = _address(row, 0, 2, KIND).to(_type(2, KIND))
+    s1 = _address(row, 0, 3, KIND).to(_type(3, KIND))
+    s2 = _address(row, 0, 4, KIND).to(_type(4, KIND))
     for start in range(0, count, BLOCK):
         i = start + tl.arange(0, BLOCK)
-        index = begin + i
+        at = strided_offsets(layout, begin + i, states_of(KIND))
         _update_block(
-            _strided(row, layout, index, 0, KIND),
-            grad.to(_type(1, KIND)) + strided_offsets(layout, index, 1),
-            _strided(row, layout, index, 2, KIND),
-            _strided(row, layout, index, 3, KIND),
-            _strided(row, layout, index, 4, KIND),
+            p + at[0],
+            g + at[1],
+            s0 + at[2],
+            s1 + at[3],
+            s2 + at[4],
             i < count,
             scalars,
             factor,

@@ -48,8 +48,8 @@ def _add_strided(sums, grad, layout, begin, count, KIND: tl.constexpr, BLOCK: tl
     pointer = grad.to(tl.pointer_type(dtype_of(KIND, GRAD)))
     for start in range(0, count, BLOCK):
         i = start + tl.arange(0, BLOCK)
-        offsets = strided_offsets(layout, begin + i, GRAD)
-        x = tl.load(pointer + offsets, mask=i < count, other=0.0).to(tl.float64)
+        at = strided_offsets(layout, begin + i, 0)
+        x = tl.load(pointer + at[1], mask=i < count, other=0.0).to(tl.float64)
         sums += x * x
     return sums
 

@@ -117,14 +117,23 @@ def find_chunk(rows, chunks, words, c, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def strided_offsets(layout, index, OPERAND: tl.constexpr):
-    """Offsets of the elements `index` of an operand, in elements."""
+def strided_offsets(layout, index, STATES: tl.constexpr):
+    """Offsets of the elements `index` of param, grad and three states, in elements; 0 for states
+    that are not in use."""
     ndim = (word(layout, 0) & 0xFFFFFFFF).to(tl.int32)
-    offset = index * 0
     rest = index
+    p, g, s0, s1, s2 = index * 0, index * 0, index * 0, index * 0, index * 0
     for i in range(ndim):
         d = ndim - 1 - i
         size = word(layout, 1 + d)
-        offset += rest % size * word(layout, 65 + 64 * OPERAND + d)
+        coordinate = rest % size
         rest = rest // size
-    return offset
+        p += coordinate * word(layout, 65 + d)
+        g += coordinate * word(layout, 129 + d)
+        if STATES > 0:
+            s0 += coordinate * word(layout, 193 + d)
+        if STATES > 1:
+            s1 += coordinate * word(layout, 257 + d)
+        if STATES > 2:
+            s2 += coordinate * word(layout, 321 + d)
+    return p, g, s0, s1, s2
