@@ -1,8 +1,8 @@
-"""Breaks the C++ core in ways that a wrong edit could, and checks that the tests notice.
+"""Breaks the kernels in ways that a wrong edit could, and checks that the tests notice.
 
 Usage: python tests/mutate.py. Each mutation is one replacement in one file; the core is rebuilt
-with it and the numeric tests must fail. Mutations of csrc/cuda are run on the emulated GPU. The
-exit code is 1 where one survives.
+with it and the numeric tests must fail. Mutations of csrc/cuda are run on the emulated GPU, those
+of triton_kernels/ by Triton's interpreter. The exit code is 1 where one survives.
 """
 
 from __future__ import annotations
@@ -139,6 +139,42 @@ CUDA_MUTATIONS = {
     "CUDA: no step increment": ("cuda/step.cuh", "*a.rows[r].step += 1;", "*a.rows[r].step += 0;"),
 }
 
+TRITON_TESTS = [
+    "tests/test_numerics.py::test_three_steps_match_the_oracle",
+    "tests/test_clip_amp.py::test_clipping_matches_the_oracle",
+    "tests/test_layout.py::test_storage_offsets_of_param_gradient_and_state",
+    "tests/test_triton_interpreted.py",
+]
+TRITON_MUTATIONS = {
+    "Triton: no bias correction of the first moment": (
+        "rules.py",
+        "step_size = lr * correction / one_minus_power(beta1, step)",
+        "step_size = lr * correction",
+    ),
+    "Triton: nesterov ignored": ("rules.py", "tl.where(nesterov != 0, buffer, 0.0)", "buffer * 0"),
+    "Triton: the tail mask lets one element too many through": (
+        "apply.py",
+        "            s2.to(S2) + i,\n            i < count,",
+        "            s2.to(S2) + i,\n            i <= count,",
+    ),
+    "Triton: the tail mask leaves one element out": (
+        "apply.py",
+        "            s2.to(S2) + i,\n            i < count,",
+        "            s2.to(S2) + i,\n            i < count - 1,",
+    ),
+    "Triton: tail of the norm skipped": (
+        "norm.py",
+        "x = tl.load(address.to(G) + i, mask=i < count,",
+        "x = tl.load(address.to(G) + i, mask=i < count - 1,",
+    ),
+    "Triton: second chunk paired with the first": (
+        "table.py",
+        "begin = (ref >> 32) * CHUNK",
+        "begin = (ref >> 32) * 0",
+    ),
+    "Triton: no step increment": ("apply.py", "tl.load(counter, there, 0.0) + 1,", "0.0 * i + 1,"),
+}
+
 # What no mutation reaches, and the instruction-set level that this machine runs.
 UNTOUCHED = ("bindings", "tensor_access", "level", "none", "cuda_step")
 LEVEL = _C.build_info()["cpu_level"] if _C is not None else ""
@@ -181,9 +217,11 @@ def run_tests(site: Path, tests: list[str], *options: str, **environment: str) -
     return 0 if done.returncode == 0 else 1  # a signal is a failure, too
 
 
-def mutated(sources: Path, name: str, file: str, old: str, new: str) -> Path:
-    """A copy of csrc at `sources`, with one mutation."""
-    shutil.copytree(ROOT / "csrc", sources)
+def mutated(
+    sources: Path, name: str, file: str, old: str, new: str, original: Path = ROOT / "csrc"
+) -> Path:
+    """A copy of `original` at `sources`, with one mutation."""
+    shutil.copytree(original, sources)
     text = (sources / file).read_text()
     if text.count(old) != 1:
         raise RuntimeError(f"{name}: {file} holds the text {text.count(old)} times")
@@ -217,10 +255,28 @@ def check_cuda(work: Path) -> Iterator[tuple[str, bool]]:
         yield name, run_tests(site, CUDA_TESTS, **environment) == 1
 
 
+def check_triton(work: Path) -> Iterator[tuple[str, bool]]:
+    """The same for TRITON_MUTATIONS, under Triton's interpreter."""
+    environment = {"FUSEDOPT_TEST_BACKENDS": "triton", "TRITON_INTERPRET": "1"}
+    site = work / "triton"
+    shutil.copytree(ROOT / "fusedopt", site / "fusedopt")
+    shutil.copytree(ROOT / "tests", site / "tests")
+    shutil.copy(ROOT / "pyproject.toml", site)
+    kernels = site / "fusedopt" / "triton_kernels"
+    shutil.copytree(ROOT / "triton_kernels", kernels)
+    yield "Triton: nothing broken", run_tests(site, TRITON_TESTS[-1:], **environment) == 0
+    shutil.rmtree(kernels)
+    for name, mutation in TRITON_MUTATIONS.items():
+        mutated(kernels, name, *mutation, original=ROOT / "triton_kernels")
+        yield name, run_tests(site, TRITON_TESTS, "-k", "triton", **environment) == 1
+        shutil.rmtree(kernels)
+
+
 def main() -> int:
     results = {}
     with tempfile.TemporaryDirectory() as temporary:
-        for name, good in chain(check_core(Path(temporary)), check_cuda(Path(temporary))):
+        work = Path(temporary)
+        for name, good in chain(check_core(work), check_cuda(work), check_triton(work)):
             print(f"{'as it should' if good else 'SURVIVED    '}  {name}", flush=True)
             results[name] = good
     survivors = [name for name, good in results.items() if not good]

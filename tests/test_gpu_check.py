@@ -27,6 +27,7 @@ from tests import gpu_sanitize  # noqa: E402
 PARTS = [
     "device",
     "build",
+    "install",
     "fusedopt",
     "gpu-tests",
     "memcheck",
@@ -102,6 +103,7 @@ def test_all_parts_run_and_pass(tmp_path):
     ("command", "part"),
     [
         ("setup.py", "build"),
+        ("-m pip", "install"),
         ("-m fusedopt", "fusedopt"),
         ("-rs tests/test_gpu.py", "gpu-tests"),
         ("gpu_step.py", "benchmark"),
@@ -169,7 +171,7 @@ def test_without_the_sanitizer_its_parts_are_skipped(tmp_path):
         (tools / name).symlink_to(found)
     code, verdicts, _ = run_check(tmp_path, path=str(tools))
     assert code == 0
-    assert verdicts[4:6] == [
+    assert verdicts[5:7] == [
         ("SKIP", "memcheck: compute-sanitizer is missing"),
         ("SKIP", "racecheck: compute-sanitizer is missing"),
     ]

@@ -8,7 +8,9 @@ import json
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -162,3 +164,86 @@ def test_tuning_without_memory_or_a_folder(
     monkeypatch.setenv("FUSEDOPT_CACHE", str(tmp_path / "file"))
     with pytest.warns(UserWarning, match="cannot keep its Triton tuning"):
         assert tune.config_for("adamw", CUDA, Measure()) == tune.CANDIDATES[2]
+
+
+class FakeKernel:
+    """What the compiler returns, for a machine without a GPU; launching it is recorded."""
+
+    run = None
+    n_regs = 97
+    metadata = SimpleNamespace(shared=4096)
+
+    def __init__(self, log: list[Any], options: dict[str, Any]) -> None:
+        self.log, self.options = log, options
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return lambda *arguments: self.log.append((grid[0], self.options, arguments))
+
+
+@pytest.fixture
+def h100(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, dict[str, Any], tuple[Any, ...]]]:
+    """The launches on a pretended H100: programs, compiler options, arguments."""
+    from fusedopt.triton_kernels import launch
+
+    log: list[Any] = []
+
+    def warmup(*arguments: Any, grid: Any, **options: Any) -> FakeKernel:
+        return FakeKernel(log, options)
+
+    limits = SimpleNamespace(
+        multi_processor_count=132,
+        regs_per_multiprocessor=65_536,
+        max_threads_per_multi_processor=2048,
+        shared_memory_per_multiprocessor=233_472,
+    )
+    monkeypatch.setattr(launch, "target", lambda: "cuda")
+    monkeypatch.setattr(launch, "step_kernel", SimpleNamespace(warmup=warmup))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: limits)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    return log
+
+
+def table(chunks: int) -> Any:
+    from fusedopt.triton_kernels.launch import Table
+
+    return Table(16, 32, 48, 64, row_count=3, chunk_count=chunks, kinds=(5,))
+
+
+def test_the_launches_of_a_step_on_a_gpu(h100: Any) -> None:
+    from fusedopt.triton_kernels.launch import DEFAULT, Launcher, Scalars
+
+    launcher = Launcher("adamw", CUDA)
+    for chunks in (7, 10_000):
+        for clip in (False, True):
+            launcher.step(table(chunks), Scalars(max_norm=1.0), 1 << 20, clip, False)
+    # One launch each; with a norm, no more programs than run at once: two on a multiprocessor, at
+    # 97 registers of 256 threads.
+    assert [programs for programs, _, _ in h100] == [7, 7, 264, 264]
+    for (_, options, arguments), clip in zip(h100, (False, True) * 2, strict=True):
+        assert options.get("launch_cooperative_grid", False) == clip
+        assert options["num_warps"] == DEFAULT.warps
+        assert not options["enable_fp_fusion"]
+        assert arguments[-4:] == (clip, True, clip, False)
+    h100.clear()
+    launcher.norm(table(7), 1 << 20, 1 << 21)
+    launcher.apply(table(7), Scalars(), 1 << 20, 1 << 21, True, True)
+    assert [arguments[-4:] for _, _, arguments in h100] == [
+        (True, False, False, False),
+        (False, True, True, True),
+    ]
+    assert all("launch_cooperative_grid" not in options for _, options, _ in h100)
+
+
+def test_two_launches_where_programs_cannot_wait(h100: Any, monkeypatch: Any) -> None:
+    from fusedopt.triton_kernels import launch
+
+    monkeypatch.setattr(launch, "target", lambda: "xpu")
+    launcher = launch.Launcher("sgd", CUDA)
+    launcher.step(table(7), launch.Scalars(max_norm=1.0), 1 << 20, True, False)
+    assert [arguments[-4:-1] for _, _, arguments in h100] == [
+        (True, False, False),
+        (False, True, True),
+    ]
+    squared = {arguments[9] for _, _, arguments in h100}
+    assert squared == {(1 << 20) + 8 * 3}  # a word of the workspace
+    assert all("maxnreg" not in options for _, options, _ in h100)
