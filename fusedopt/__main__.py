@@ -39,6 +39,10 @@ def devices() -> list[str]:
         names += [
             f"cuda:{i} ({torch.cuda.get_device_name(i)})" for i in range(torch.cuda.device_count())
         ]
+    if torch.xpu.is_available():
+        names += [
+            f"xpu:{i} ({torch.xpu.get_device_name(i)})" for i in range(torch.xpu.device_count())
+        ]
     return names
 
 
@@ -80,11 +84,14 @@ def chosen(device: str) -> str:
 
 def report() -> dict[str, Any]:
     """All that `python -m fusedopt` prints, as plain data."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = "xpu" if torch.xpu.is_available() else "cpu"
+    if torch.cuda.is_available():
+        device = "cuda"
+    on_cpu = {"cpu", "triton"} if backends.triton.interpreted() else {"cpu"}
     entries = {}
     for name, module in backends.BACKENDS.items():
         reason = module.unavailable()
-        result = None if reason else self_test(name, "cpu" if name == "cpu" else device)
+        result = None if reason else self_test(name, "cpu" if name in on_cpu else device)
         entries[name] = {
             "available": not reason,
             "reason": reason or None,
