@@ -9,11 +9,13 @@ import pytest
 import torch
 
 import fusedopt
+from fusedopt.backends import cpu, gpu
 from tests import oracle
 from tests.cases import (
     BACKENDS,
     CASES,
     DTYPES,
+    NATIVE,
     SHORT,
     Case,
     check_against_oracle,
@@ -336,3 +338,44 @@ def test_clipping_in_place_of_gradients_whose_norm_overflows_float32() -> None:
     param.grad = torch.full((4,), 3e38)
     assert fusedopt.clip_grad_norm_([param], 2.0, error_if_nonfinite=True).isinf()
     torch.testing.assert_close(param.grad, torch.ones(4))
+
+
+@pytest.mark.parametrize("backend", NATIVE)
+def test_the_norm_is_the_same_on_each_run(backend: str) -> None:
+    norms = set()
+    for _ in range(3):
+        params = make_params([5, 100_003, 1, 40_000], torch.float32)
+        optimizer = fusedopt.FusedSGD(params, lr=0.1, max_grad_norm=1.0, backend=backend)
+        optimizer.step()
+        assert optimizer.grad_norm is not None
+        norms.add(optimizer.grad_norm.item())
+    assert len(norms) == 1
+
+
+@pytest.mark.parametrize("backend", NATIVE)
+@pytest.mark.parametrize("found_inf", [0.0, 1.0])
+def test_a_norm_that_is_reduced_over_ranks(
+    found_inf: float, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Four ranks with the same gradients: the sum of their squared norms is four times this one's.
+    for module in (cpu, gpu):
+        monkeypatch.setattr(module, "all_reduce_sum", lambda t, group: t * 4)
+    params, plain = (make_params([1, 300, 20_000], torch.float32) for _ in range(2))
+    norm = 2 * float(exact_norm(params))
+    options = {"max_grad_norm": 0.5, "process_group": object(), "backend": backend}
+    subject = fusedopt.FusedAdamW(params, lr=1e-2, **options)
+    reference = torch.optim.AdamW(plain, lr=1e-2, foreach=False)
+    for p in plain:
+        assert p.grad is not None
+        p.grad.mul_(0.5 / (norm + 1e-6))
+    subject.step()
+    reference.step()
+    subject.found_inf = torch.tensor(found_inf)  # type: ignore[attr-defined]
+    subject.step()
+    if not found_inf:
+        reference.step()
+    torch.testing.assert_close(subject.grad_norm, torch.tensor(norm).float(), rtol=1e-6, atol=0)
+    assert subject.skipped_steps.item() == found_inf
+    assert all(e["step"].item() == 2 - found_inf for e in subject.state.values())
+    for a, b in zip(params, plain, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-6, atol=1e-7)
