@@ -260,7 +260,7 @@ def _update_chunk(
         lr = load_scalar(word(group, LR), flags & 0xFF)
     if (flags >> 8) & 0xFF != 0:  # maximize
         factor = -factor
-    step = 1.0 + lr * 0
+    step = tl.zeros((), tl.float64) + 1
     if word(row, STEP) != 0:
         step += tl.load(word(row, STEP).to(tl.pointer_type(tl.float32))).to(tl.float64)
     first = (word(row, KIND) >> 56) & 0xFF

@@ -37,7 +37,7 @@ def multiply(a, b):
 @triton.jit
 def divide(a, b):
     first = a[0] / b[0]
-    high, low = multiply(b, (first, first * 0))
+    high, low = multiply(b, (first, tl.zeros((), tl.float64)))
     rest = add(a, (-high, -low))
     return fast_sum(first, rest[0] / b[0])
 
@@ -53,15 +53,17 @@ def square_root(a):
 
 @triton.jit
 def one_minus(a):
-    return add((a[0] * 0 + 1, a[0] * 0), (-a[0], -a[1]))
+    zero = tl.zeros((), tl.float64)
+    return add((zero + 1, zero), (-a[0], -a[1]))
 
 
 @triton.jit
 def one_minus_power(base, n):
     """1 - base^n for a whole n >= 1 and 0 <= base < 1."""
     bits = tl.minimum(n, 4.0e18).to(tl.int64)
-    high, low = base * 0, base * 0
-    power, power_low = one_minus((base, base * 0))
+    zero = tl.zeros((), tl.float64)
+    high, low = zero, zero
+    power, power_low = one_minus((base, zero))
     while bits > 0:
         if bits & 1 != 0:
             rest = one_minus((high, low))

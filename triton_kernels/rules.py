@@ -40,7 +40,7 @@ def one_minus_power(base, n):
     """1 - base^n for a whole n >= 1 and 0 <= base < 1, without cancellation:
     csrc/core/double_double.h says how."""
     bits = tl.minimum(n, 4.0e18).to(tl.int64)
-    result = base * 0
+    result = tl.zeros((), tl.float64)
     power = 1 - base
     while bits > 0:
         result = tl.where((bits & 1) != 0, result + power * (1 - result), result)
@@ -57,11 +57,12 @@ def adamw_prepare(hyper, lr, step, first, T: tl.constexpr):
     eps = number(hyper, 3)
     weight_decay = number(hyper, 4)
     if tl.float64 == T:
+        zero = tl.zeros((), tl.float64)
         root = double_double.square_root(double_double.one_minus_power(beta2, step))
-        factor = double_double.multiply(root, (lr, lr * 0))
+        factor = double_double.multiply(root, (lr, zero))
         size = double_double.divide(factor, double_double.one_minus_power(beta1, step))
         step_size = size[0] + size[1]
-        bound = double_double.multiply(root, (eps, eps * 0))
+        bound = double_double.multiply(root, (eps, zero))
         scaled_eps = bound[0] + bound[1]
         left = double_double.one_minus(double_double.exact_product(lr, weight_decay))
         decay = left[0] + left[1]

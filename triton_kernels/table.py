@@ -32,7 +32,7 @@ def number(address, index):
 @triton.jit
 def load_scalar(address, code):
     """The scalar at an address, of the dtype with this code, as float64."""
-    value = 0.0 * code.to(tl.float64)
+    value = tl.zeros((), tl.float64)
     if code == 0:
         value = tl.load(address.to(tl.pointer_type(tl.float32))).to(tl.float64)
     elif code == 1:
