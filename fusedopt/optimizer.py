@@ -16,7 +16,6 @@ from torch.optim.optimizer import (
 )
 
 from fusedopt import backends, checkpoint, checks
-from fusedopt.plan import Host
 from fusedopt.rule import Rule
 
 options_doc = """        maximize: maximize the objective.
@@ -45,7 +44,6 @@ class FusedOptimizer(Optimizer):
     rule: ClassVar[Rule]
 
     # Not part of a checkpoint or a copy: made anew where missing.
-    _native_plan: Any = None
     _backend_in_use: str | None = None  # which one served the last step
     _norm_tensor: Tensor | None = None
     _skipped_tensor: Tensor | None = None
@@ -71,7 +69,6 @@ class FusedOptimizer(Optimizer):
         self.skip_nonfinite = skip_nonfinite
         self.process_group = process_group
         self.backend = backend
-        self._host = Host(self.rule)
         super().__init__(params, defaults)
 
     @classmethod
@@ -207,7 +204,6 @@ class FusedOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._host = Host(self.rule)
         self._candidates = backends.candidates(backends.check_name(self.backend))
         for group in self.param_groups:
             for name, default in self.defaults.items():

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fusedopt import distributed
 from fusedopt._native import PLAIN_TYPES
 from fusedopt.rule import Rule
 
@@ -47,6 +48,11 @@ class Host:
 
     def __init__(self, rule: Rule) -> None:
         self.rule = rule
+        self.refuses_dtensors = False
+        self.met_dtensor = False
+
+    def keep_for_graph(self) -> None:
+        """Called at the begin of each step: keeps what a graph under capture will read."""
 
     def new_state(self, param: Tensor, key: str) -> Tensor:
         """A zero state tensor in the param's shape, dtype and layout, or a zero step count."""
@@ -58,9 +64,9 @@ class Host:
         """Makes the step count of a param's state one that the native plan reads."""
         state["step"] = as_step(state["step"])
 
-    def resolve(self, tensor: Any, role: str, group: int, index: int) -> Tensor | None:
+    def resolve(self, tensor: Any, role: str, group: int, index: int, param: Any) -> Tensor | None:
         """A plain strided real tensor with the memory (param, state) or the values (grad) of
-        `tensor`; None where only the reference backend can serve.
+        `tensor`, on this rank; None where only the reference backend can serve.
 
         Raises:
             RuntimeError: a sparse gradient that the rule does not take.
@@ -70,6 +76,11 @@ class Host:
             raise TypeError(
                 f"the {role} of {name_of(group, index)} must be a tensor, got {tensor!r}"
             )
+        if distributed.is_dtensor(tensor):
+            self.met_dtensor = True
+            if self.refuses_dtensors:
+                return None
+            tensor = distributed.local_tensor(tensor, param)
         if tensor.is_sparse and role == "grad":
             if self.rule.sparse_error is not None:
                 raise RuntimeError(self.rule.sparse_error)
@@ -86,8 +97,10 @@ class Host:
 
 @dataclass
 class Row:
-    """One tensor of the step; `state` holds the tensors in use, in the rule's order."""
+    """One tensor of the step; `state` holds the tensors in use, in the rule's order. `owner` is the
+    param as the optimizer has it: a DTensor, where the others are this rank's shards."""
 
+    owner: Tensor
     param: Tensor
     grad: Tensor
     state: list[Tensor]
@@ -149,7 +162,7 @@ def _row(
             f"{name_of(g, i)} must be a floating-point or complex tensor, got {param.dtype}"
         )
     if grad.is_sparse:
-        dense = host.resolve(grad, "grad", g, i)
+        dense = host.resolve(grad, "grad", g, i, param)
         assert dense is not None
         grad = dense
     names = rule.state[: rule.states(group)]
@@ -174,4 +187,7 @@ def _row(
             table.set(entry, "step", host.new_state(param, "step"))
         elif not (isinstance(entry["step"], Tensor) and entry["step"].ndim == 0):
             host.normalise_step(param, entry)
-    return Row(param, grad, [entry[n] for n in names], entry.get("step"), group, first)
+    grad = distributed.local_tensor(grad, param)
+    tensors = [distributed.local_tensor(entry[n], param) for n in names]
+    local = distributed.local_tensor(param, param)
+    return Row(param, local, grad, tensors, entry.get("step"), group, first)

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def driver_of(optimizer: fusedopt.FusedOptimizer) -> Any:
-    return optimizer._cuda_drivers[torch.device("cpu")]  # type: ignore[attr-defined]
+    return optimizer._cuda_drivers[torch.device("cpu"), ()]  # type: ignore[attr-defined]
 
 
 def launches() -> int:
@@ -121,7 +121,7 @@ def test_scalars_of_a_wrong_type_are_refused() -> None:
 
 
 def test_two_launches_around_a_norm_that_is_reduced(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends.gpu, "all_reduce_sum", lambda t, group: t * 4)
+    monkeypatch.setattr(backends.native.distributed, "all_reduce_sum", lambda t, group: t.mul_(4))
     options = {"max_grad_norm": 0.5, "process_group": object(), "backend": "cuda"}
     optimizer = fusedopt.FusedAdamW(make_params([1, 300], torch.float32), **options)
     before = launches()

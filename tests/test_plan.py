@@ -88,11 +88,12 @@ def test_rows_that_lie_alike_are_flat() -> None:
         p.grad = torch.randn_like(p)
     optimizer = fusedopt.FusedAdamW(params, backend="cpu")
     optimizer.step()
-    plan = optimizer._native_plan
-    assert plan.refresh(optimizer.param_groups, optimizer.state, optimizer._host) == ""
+    driver = optimizer._cpu_drivers[torch.device("cpu"), ()]  # type: ignore[attr-defined]
+    plan = driver.plan
+    assert driver.refresh(optimizer.param_groups, optimizer.state) == ""
     assert (plan.rows, plan.flat_rows) == (5, 5)
     params[3].grad = torch.randn(4, 6).t()
-    plan.refresh(optimizer.param_groups, optimizer.state, optimizer._host)
+    driver.refresh(optimizer.param_groups, optimizer.state)
     assert (plan.rows, plan.flat_rows) == (5, 4)
     plan.roll_back()
     assert plan.rows == 0

@@ -173,12 +173,13 @@ void Plan::hold_grads() {
 
 Ref Plan::resolve(PyObject* tensor, int operand) {
   hold_grads();
-  return Ref::checked(PyObject_CallMethod(host_, "resolve", "Osnn", tensor, role(operand).c_str(),
+  return Ref::checked(PyObject_CallMethod(host_, "resolve", "OsnnO", tensor, role(operand).c_str(),
                                           static_cast<Py_ssize_t>(group_index_),
-                                          static_cast<Py_ssize_t>(param_index_)));
+                                          static_cast<Py_ssize_t>(param_index_), param_));
 }
 
 bool Plan::add_row(Candidate* candidate) {
+  param_ = candidate->param.get();
   Row row{};
   row.group = static_cast<int32_t>(candidate->group);
   choose_variant(rule_, groups_[candidate->group].hyper, &row);

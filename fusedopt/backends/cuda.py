@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fusedopt._native import _C, missing
-from fusedopt.backends.gpu import DeviceMemory, Driver, Gpu, GpuHost, Options
+from fusedopt.backends.native import DeviceHost, DeviceMemory, Driver, Native, Options
 
 if TYPE_CHECKING:
     from fusedopt._C import CudaClip, CudaPlan
@@ -44,7 +44,7 @@ class CudaDriver(Driver):
     def __init__(self, rule: Rule, device: torch.device) -> None:
         assert _C is not None
         self.plan: CudaPlan = _C.CudaPlan(rule.name)
-        self.host = GpuHost(rule, device)
+        self.host = DeviceHost(rule, device)
 
     def step(self, groups: list[dict[str, Any]], state: dict[Any, Any], options: Options) -> str:
         return self.plan.step(groups, state, self.host, *_arguments(options))
@@ -77,7 +77,7 @@ def _arguments(options: Options) -> tuple[Any, ...]:
     )
 
 
-step = Gpu("cuda", _DEVICE_TYPE, CudaDriver).step
+step = Native("cuda", _DEVICE_TYPE, CudaDriver).step
 
 _clips: dict[tuple[torch.device, int], tuple[CudaClip, DeviceMemory]] = {}
 

@@ -6,12 +6,12 @@ the row is float64), updated by the rule's own `update`, and rounded once on the
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from fusedopt.distributed import all_reduce_sum
+from fusedopt import distributed
 from fusedopt.plan import Row, collect
 from fusedopt.rule import Rule
 
@@ -38,10 +38,8 @@ def step(optimizer: FusedOptimizer, request: Request) -> str:
     coef = 1.0
     device = table.rows[0].param.device if table.rows else torch.device("cpu")
     if request.needs_norm:
-        squares = squared_norm([row.grad for row in table.rows], device)
-        if request.process_group is not None:
-            squares = all_reduce_sum(squares, request.process_group)
-        total_norm = squares.sqrt() / scale
+        total_norm = _total_square(optimizer, table.rows, request.process_group, device).sqrt()
+        total_norm = total_norm / scale
         optimizer._norm_buffer(device).copy_(total_norm)
         norm = float(total_norm)
         if request.max_grad_norm is not None:
@@ -55,6 +53,22 @@ def step(optimizer: FusedOptimizer, request: Request) -> str:
     for row in table.rows:
         _update(rule, row, coef / scale, request.clip_grad_value)
     return ""
+
+
+def _total_square(
+    optimizer: FusedOptimizer, rows: list[Row], process_group: Any, device: torch.device
+) -> Tensor:
+    """The squared norm of the gradients of all ranks."""
+    params = (p for group in optimizer.param_groups for p in group["params"])
+    kinds = list(dict.fromkeys(distributed.norm_groups(p, process_group) for p in params))
+    if len(kinds) <= 1:  # the usual case
+        squares = squared_norm([row.grad for row in rows], device)[None]
+        return distributed.sum_over_ranks(squares, kinds)
+    squares = torch.stack([squared_norm([], device)] * len(kinds))
+    for row in rows:
+        kind = distributed.norm_groups(row.owner, process_group)
+        squares[kinds.index(kind)] += squared_norm([row.grad], device)
+    return distributed.sum_over_ranks(squares, kinds)
 
 
 def maths_dtype(tensors: list[Tensor]) -> torch.dtype:

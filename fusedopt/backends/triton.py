@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fusedopt._native import _C, DEVICES, missing
-from fusedopt.backends.gpu import Driver, Gpu, GpuHost, Options, capturing
+from fusedopt.backends.native import DeviceHost, Driver, Native, Options, capturing
 
 if TYPE_CHECKING:
     from fusedopt._C import TritonPlan
@@ -54,16 +54,16 @@ def step(optimizer: FusedOptimizer, request: Request) -> str:
 
     if optimizer.rule.name not in RULES:
         return f"{optimizer.rule.name} has no Triton kernel"
-    return _gpu().step(optimizer, request)
+    return _native().step(optimizer, request)
 
 
 @functools.cache
-def _gpu() -> Gpu:
+def _native() -> Native:
     device_type = "cuda" if torch.cuda.is_available() else "xpu"
-    return Gpu("triton", "cpu" if interpreted() else device_type, TritonDriver)
+    return Native("triton", "cpu" if interpreted() else device_type, TritonDriver)
 
 
-class TritonHost(GpuHost):
+class TritonHost(DeviceHost):
     """Starts the kernels when the plan has brought its table to the device."""
 
     start: Callable[[Table, int], None]  # the kernels of this part of the step

@@ -1,4 +1,4 @@
-"""What the drivers for GPUs share: memory on the device, and a step over one or more devices."""
+"""What the native drivers share: memory on a device, and a step over several devices or ranks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fusedopt.distributed import all_reduce_sum
+from fusedopt import distributed
 from fusedopt.plan import Host, as_step
 from fusedopt.rule import Rule
 
@@ -68,7 +68,7 @@ class DeviceMemory:
             self._captured += [t for t in self._memory.values() if id(t) not in known]
 
 
-class GpuHost(Host, DeviceMemory):
+class DeviceHost(DeviceMemory, Host):
     """What the plan of one optimizer and device asks Python for."""
 
     def __init__(self, rule: Rule, device: torch.device) -> None:
@@ -110,9 +110,9 @@ class Options:
 
 
 class Driver(ABC):
-    """The plan and the memory of one optimizer on one device."""
+    """The plan and the memory of one optimizer for params on one device, or for some of them."""
 
-    host: GpuHost
+    host: Host
 
     @abstractmethod
     def step(self, groups: list[dict[str, Any]], state: dict[Any, Any], options: Options) -> str:
@@ -120,7 +120,7 @@ class Driver(ABC):
 
     @abstractmethod
     def refresh(self, groups: list[dict[str, Any]], state: dict[Any, Any]) -> str:
-        """The first part of a step around a norm that is summed over devices: builds the table."""
+        """The first part of a step whose norm is a sum over drivers or ranks: builds the table."""
 
     @abstractmethod
     def squared_norm(self, out: Tensor) -> None:
@@ -136,7 +136,11 @@ class Driver(ABC):
         """Ends the step after refresh, and takes back the state that was created."""
 
 
-class Gpu:
+# Params that one driver takes: their device, and over which ranks their norm is summed.
+Part = tuple[torch.device, distributed.NormGroups]
+
+
+class Native:
     """The steps of one backend, over params on devices of one type."""
 
     def __init__(
@@ -155,18 +159,21 @@ class Gpu:
             return self._step_without_gradients(optimizer, request)
         if device.type != self._type:
             return f"the first param with a gradient is not on a {self._type} device"
+        reason = ""
         if not (request.needs_norm and request.process_group is not None):
-            driver = self._driver(optimizer, device)
-            options = _options(optimizer, request, device, device)
-            reason = driver.step(optimizer.param_groups, optimizer.state, options)
-            if not reason:
-                return ""
-        devices = list(dict.fromkeys(_devices(optimizer)))
-        if any(d.type != self._type for d in devices):
+            driver = self._driver(optimizer, (device, ()))
+            # The norm of DTensors is a sum over ranks. To have met one is to meet it again.
+            driver.host.refuses_dtensors = request.needs_norm
+            if not (request.needs_norm and driver.host.met_dtensor):
+                options = _options(optimizer, request, device, device)
+                reason = driver.step(optimizer.param_groups, optimizer.state, options)
+                if not reason:
+                    return ""
+            if not driver.host.met_dtensor and all(d == device for d in _devices(optimizer)):
+                return reason
+        if any(d.type != self._type for d in _devices(optimizer)):
             return f"not all params with a gradient are on a {self._type} device"
-        if len(devices) == 1 and request.process_group is None:
-            return reason
-        return self._step_in_parts(optimizer, request, devices)
+        return self._step_in_parts(optimizer, request, device)
 
     def _step_without_gradients(self, optimizer: FusedOptimizer, request: Request) -> str:
         """Changes nothing; but other ranks may have gradients, and wait for this one's share."""
@@ -177,31 +184,30 @@ class Gpu:
         if capturing(device):
             raise RuntimeError("no param has a gradient: a CUDA graph of this step would be empty")
         if request.needs_norm:
-            squared = torch.zeros((), dtype=torch.float64, device=device)
-            if request.process_group is not None:
-                squared = all_reduce_sum(squared, request.process_group)
-            scale = 1.0 if request.grad_scale is None else request.grad_scale.to(device)
-            optimizer._norm_buffer(device).copy_(squared.sqrt() / scale)
+            self._step_in_parts(optimizer, request, device)
         return ""
 
-    def _driver(self, optimizer: FusedOptimizer, device: torch.device) -> Driver:
-        drivers: dict[torch.device, Driver] = optimizer.__dict__.setdefault(self._slot, {})
-        if device not in drivers:
-            drivers.setdefault(device, self._new_driver(optimizer.rule, device))
-        driver = drivers[device]
+    def _driver(self, optimizer: FusedOptimizer, part: Part) -> Driver:
+        drivers: dict[Part, Driver] = optimizer.__dict__.setdefault(self._slot, {})
+        if part not in drivers:
+            drivers.setdefault(part, self._new_driver(optimizer.rule, part[0]))
+        driver = drivers[part]
         driver.host.keep_for_graph()
         return driver
 
     def _step_in_parts(
-        self, optimizer: FusedOptimizer, request: Request, devices: list[torch.device]
+        self, optimizer: FusedOptimizer, request: Request, main: torch.device
     ) -> str:
-        """A step whose norm spans devices or ranks: each device's norm, their sum, the update."""
-        main = devices[0]
-        drivers = {device: self._driver(optimizer, device) for device in devices}
+        """A step whose norm spans devices or ranks: the norm of each part, their sum, the update.
+        The figures are written on the main device."""
+        parts, kinds = _parts(optimizer, request.process_group)
+        drivers = {part: self._driver(optimizer, part) for part in parts}
         refreshed: list[Driver] = []
         try:
-            for device, driver in drivers.items():
-                reason = driver.refresh(_groups_on(optimizer, device), optimizer.state)
+            for part, driver in drivers.items():
+                driver.host.refuses_dtensors = False
+                groups = _groups_of(optimizer, parts[part])
+                reason = driver.refresh(groups, optimizer.state)
                 if reason:
                     for other in refreshed:
                         other.roll_back()
@@ -209,17 +215,21 @@ class Gpu:
                 refreshed.append(driver)
             total: Tensor | None = None
             if request.needs_norm:
-                parts = []
-                for device, driver in drivers.items():
-                    part = torch.zeros((), dtype=torch.float64, device=device)
-                    driver.squared_norm(part)
-                    parts.append(part.to(main))
-                total = torch.stack(parts).sum()
-                if request.process_group is not None:
-                    total = all_reduce_sum(total, request.process_group)
-            for device, driver in drivers.items():
+                squares = torch.zeros(len(kinds), dtype=torch.float64, device=main)
+                for (device, kind), driver in drivers.items():
+                    part_squares = torch.zeros((), dtype=torch.float64, device=device)
+                    driver.squared_norm(part_squares)
+                    squares[kinds.index(kind)] += part_squares.to(main)
+                total = distributed.sum_over_ranks(squares, kinds)
+            if total is not None and not drivers:
+                scale = 1.0 if request.grad_scale is None else request.grad_scale.to(main)
+                optimizer._norm_buffer(main).copy_(total.sqrt() / scale)
+            figures_on: torch.device | None = main
+            for (device, _), driver in drivers.items():
                 squared = None if total is None else total.to(device)
-                driver.apply(squared, _options(optimizer, request, device, main))
+                driver.apply(squared, _options(optimizer, request, device, figures_on))
+                if device == main:  # once
+                    figures_on = None
         except BaseException:
             for driver in refreshed:
                 driver.roll_back()
@@ -235,12 +245,39 @@ def _devices(optimizer: FusedOptimizer) -> Iterator[torch.device]:
                 yield param.device
 
 
+def _parts(
+    optimizer: FusedOptimizer, process_group: Any
+) -> tuple[dict[Part, set[int]], list[distributed.NormGroups]]:
+    """The parts with the ids of their params that have gradients; and all kinds of norm groups,
+    those of params without gradients, too: in the same order on each rank."""
+    parts: dict[Part, set[int]] = {}
+    kinds: dict[distributed.NormGroups, None] = {}
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            kind = distributed.norm_groups(param, process_group)
+            kinds[kind] = None
+            if param.grad is not None:
+                parts.setdefault((param.device, kind), set()).add(id(param))
+    return parts, list(kinds)
+
+
+def _groups_of(optimizer: FusedOptimizer, chosen: set[int]) -> list[dict[str, Any]]:
+    """The param groups with only some of their params."""
+    return [
+        {**group, "params": [p for p in group["params"] if id(p) in chosen]}
+        for group in optimizer.param_groups
+    ]
+
+
 def _options(
-    optimizer: FusedOptimizer, request: Request, device: torch.device, main: torch.device
+    optimizer: FusedOptimizer,
+    request: Request,
+    device: torch.device,
+    figures_on: torch.device | None,
 ) -> Options:
-    """For one of the devices; the figures are written on the main one."""
+    """For one of the devices; figures are written where it is `figures_on`."""
     max_norm, clip_value = request.max_grad_norm, request.clip_grad_value
-    norm_here = request.needs_norm and device == main
+    figures = device == figures_on
     return Options(
         device,
         norm=request.needs_norm,
@@ -249,18 +286,10 @@ def _options(
         grad_scale=_on(request.grad_scale, device),
         found_inf=_on(request.found_inf, device),
         skip_nonfinite=request.skip_nonfinite,
-        grad_norm=optimizer._norm_buffer(main) if norm_here else None,
-        skipped_steps=optimizer._skipped_buffer(main) if device == main else None,
+        grad_norm=optimizer._norm_buffer(device) if figures and request.needs_norm else None,
+        skipped_steps=optimizer._skipped_buffer(device) if figures else None,
     )
 
 
 def _on(scalar: Tensor | None, device: torch.device) -> Tensor | None:
     return None if scalar is None else scalar.to(device, torch.float32)
-
-
-def _groups_on(optimizer: FusedOptimizer, device: torch.device) -> list[dict[str, Any]]:
-    """The param groups with only the params on one device."""
-    return [
-        {**group, "params": [p for p in group["params"] if p.device == device]}
-        for group in optimizer.param_groups
-    ]
