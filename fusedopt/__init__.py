@@ -7,7 +7,9 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from fusedopt.adamw import FusedAdam, FusedAdamW
+from fusedopt.backward import step_in_backward
 from fusedopt.clip import clip_grad_norm_, clip_grad_value_, get_total_norm
+from fusedopt.convert import convert_state_dict
 from fusedopt.fuse import fuse
 from fusedopt.optimizer import FusedOptimizer
 from fusedopt.sgd import FusedSGD
@@ -25,6 +27,8 @@ __all__ = [
     "__version__",
     "clip_grad_norm_",
     "clip_grad_value_",
+    "convert_state_dict",
     "fuse",
     "get_total_norm",
+    "step_in_backward",
 ]
