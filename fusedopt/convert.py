@@ -11,10 +11,10 @@ _RENAMED = {"state1": "exp_avg", "state2": "exp_avg_sq"}
 def convert_state_dict(state_dict: dict[str, Any]) -> dict[str, Any]:
     """A checkpoint of another library's Adam, AdamW or SGD as `load_state_dict` takes it.
 
-    Takes the layouts of apex (FusedAdam, FusedSGD: one step count a group), DeepSpeed (FusedAdam,
-    DeepSpeedCPUAdam), Transformer Engine with float32 or bfloat16 moments, and bitsandbytes with
-    32-bit moments; one of torch.optim is returned as it is. Whether weight decay was decoupled is
-    in none of them: choose FusedAdamW or FusedAdam by how the other optimizer was built.
+    Takes the layouts of apex (FusedAdam, FusedSGD: one step count a group), of DeepSpeed's
+    FusedAdam, and of bitsandbytes with 32-bit moments; one of torch.optim is returned as it is.
+    Whether weight decay was decoupled is in none of them: choose FusedAdamW or FusedAdam by how the
+    other optimizer was built.
 
     Args:
         state_dict: what the other optimizer's state_dict() gave. It is not changed; tensors are

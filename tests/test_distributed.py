@@ -245,6 +245,19 @@ def a_gradient_in_other_placements_is_redistributed(rank: int, ranks: int) -> No
         assert torch.equal(full(param), values - grad)
 
 
+@registry.on(2)
+def clip_grad_norm_takes_dtensors(rank: int, ranks: int) -> None:
+    net, alone = sharded(mesh_of((ranks,))), model()
+    for _ in range(2):
+        net(data(0, rank, ranks)).square().mean().backward()
+        alone(data(0)).square().mean().backward()
+        got = fusedopt.clip_grad_norm_(net.parameters(), 0.05)
+        want = torch.nn.utils.clip_grad_norm_(alone.parameters(), 0.05)
+        torch.testing.assert_close(full(got), want, rtol=1e-12, atol=0)
+        for p, q in zip(net.parameters(), alone.parameters(), strict=True):
+            torch.testing.assert_close(full(p.grad), q.grad, rtol=1e-12, atol=1e-16)
+
+
 @pytest.mark.parametrize(("ranks", "name"), registry.names)
 def test_on_ranks(ranks: int, name: str) -> None:
     outcome = registry.outcomes(ranks)[name]
