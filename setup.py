@@ -188,7 +188,12 @@ extension = Pybind11Extension(
 
 with ParallelCompile("FUSEDOPT_BUILD_JOBS", default=os.cpu_count() or 1):
     setup(
-        packages=["fusedopt", "fusedopt.backends", "fusedopt.triton_kernels"],
+        packages=[
+            "fusedopt",
+            "fusedopt.backends",
+            "fusedopt.integrations",
+            "fusedopt.triton_kernels",
+        ],
         package_dir={"fusedopt.triton_kernels": "triton_kernels"},
         package_data={"fusedopt": ["py.typed", "*.pyi"]},
         ext_modules=[extension],
