@@ -106,6 +106,8 @@ MUTATIONS = {
 }
 
 CUDA_TESTS = [
+    "tests/test_clip_amp.py::test_the_norm_is_the_same_on_each_run",
+    "tests/test_clip_amp.py::test_a_norm_that_is_reduced_over_ranks",
     "tests/test_cuda.py",
     "tests/test_layout.py::test_storage_offsets_of_param_gradient_and_state",
     "tests/test_layout.py::test_more_elements_than_32_bits_can_count",

@@ -348,6 +348,10 @@ def test_the_norm_is_the_same_on_each_run(backend: str) -> None:
         optimizer = fusedopt.FusedSGD(params, lr=0.1, max_grad_norm=1.0, backend=backend)
         optimizer.step()
         assert optimizer.grad_norm is not None
+        torch.testing.assert_close(
+            optimizer.grad_norm.double(), torch.tensor(float(exact_norm(params))).double(),
+            rtol=1e-6, atol=0,
+        )  # fmt: skip
         norms.add(optimizer.grad_norm.item())
     assert len(norms) == 1
 
