@@ -25,7 +25,7 @@ gpu-check: $(READY)
 
 # Broken copies of the C++ core must fail the tests.
 mutate: $(READY)
-	$(PY) tests/mutate.py
+	$(PY) tests/mutate.py $(MUTATE)
 
 # The C++ core under AddressSanitizer and UndefinedBehaviorSanitizer.
 sanitize: $(READY)
