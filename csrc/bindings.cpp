@@ -241,6 +241,21 @@ struct TritonPlan {
   host::TritonDriver driver;
 };
 
+// What plans for tensors on a device have in common.
+template <class P>
+py::class_<P> device_plan(py::module_& m, const char* name) {
+  return py::class_<P>(m, name, py::module_local())
+      .def(
+          "refresh",
+          [](P& p, const py::object& groups, const py::object& state, const py::object& host) {
+            return guarded([&] { return p.plan.refresh(groups.ptr(), state.ptr(), host.ptr()); });
+          },
+          py::arg("param_groups"), py::arg("state"), py::arg("host"))
+      .def("roll_back", [](P& p) { guarded([&] { p.plan.roll_back(); }); })
+      .def_property_readonly("rows", [](const P& p) { return p.plan.rows(); })
+      .def_property_readonly("uploads", [](const P& p) { return p.driver.uploads(); });
+}
+
 // Clips a list of gradients in place, or with norm_only takes their total norm; `total_norm` is a
 // 0-dim float64 tensor that takes it.
 std::string cuda_clip(host::CudaDriver& driver, const py::object& tensors, const py::object& host,
@@ -371,7 +386,7 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("rows", &Plan::rows)
       .def_property_readonly("flat_rows", &Plan::flat_rows);
 
-  py::class_<CudaPlan>(m, "CudaPlan", py::module_local())
+  device_plan<CudaPlan>(m, "CudaPlan")
       .def(py::init([](const std::string& rule) {
              const RuleKeys keys = find_rule(rule);
              return guarded([&] { return new CudaPlan(keys); });
@@ -379,20 +394,10 @@ PYBIND11_MODULE(_C, m) {
            py::arg("rule"))
       .def("step", &cuda_step, py::arg("param_groups"), py::arg("state"), py::arg("host"),
            FUSEDOPT_CUDA_ARGUMENTS)
-      .def(
-          "refresh",
-          [](CudaPlan& p, const py::object& groups, const py::object& state,
-             const py::object& host) {
-            return guarded([&] { return p.plan.refresh(groups.ptr(), state.ptr(), host.ptr()); });
-          },
-          py::arg("param_groups"), py::arg("state"), py::arg("host"))
       .def("squared_norm", &cuda_squared_norm, py::arg("out"), py::arg("stream"))
-      .def("apply", &cuda_apply, py::arg("squared_norm"), FUSEDOPT_CUDA_ARGUMENTS)
-      .def("roll_back", [](CudaPlan& p) { guarded([&] { p.plan.roll_back(); }); })
-      .def_property_readonly("rows", [](const CudaPlan& p) { return p.plan.rows(); })
-      .def_property_readonly("uploads", [](const CudaPlan& p) { return p.driver.uploads(); });
+      .def("apply", &cuda_apply, py::arg("squared_norm"), FUSEDOPT_CUDA_ARGUMENTS);
 
-  py::class_<TritonPlan>(m, "TritonPlan", py::module_local())
+  device_plan<TritonPlan>(m, "TritonPlan")
       .def(py::init([](const std::string& rule, int device_type, int chunk) {
              const RuleKeys keys = find_rule(rule);
              if (chunk < 1 || (chunk & (chunk - 1)) != 0)
@@ -411,13 +416,6 @@ PYBIND11_MODULE(_C, m) {
             });
           },
           py::arg("param_groups"), py::arg("state"), py::arg("host"))
-      .def(
-          "refresh",
-          [](TritonPlan& p, const py::object& groups, const py::object& state,
-             const py::object& host) {
-            return guarded([&] { return p.plan.refresh(groups.ptr(), state.ptr(), host.ptr()); });
-          },
-          py::arg("param_groups"), py::arg("state"), py::arg("host"))
       .def("launch",
            [](TritonPlan& p) {
              guarded([&] {
@@ -425,13 +423,9 @@ PYBIND11_MODULE(_C, m) {
                p.driver.launch(&p.plan);
              });
            })
-      .def("apply",
-           [](TritonPlan& p) {
-             guarded([&] { p.plan.apply([&] { return p.driver.launch(&p.plan); }); });
-           })
-      .def("roll_back", [](TritonPlan& p) { guarded([&] { p.plan.roll_back(); }); })
-      .def_property_readonly("rows", [](const TritonPlan& p) { return p.plan.rows(); })
-      .def_property_readonly("uploads", [](const TritonPlan& p) { return p.driver.uploads(); });
+      .def("apply", [](TritonPlan& p) {
+        guarded([&] { p.plan.apply([&] { return p.driver.launch(&p.plan); }); });
+      });
 
   py::class_<host::CudaDriver>(m, "CudaClip", py::module_local())
       .def(py::init<>())
