@@ -50,7 +50,7 @@ $(VENV)/.deps: constraints.txt pyproject.toml
 	$(PY) -m pip install -q -c constraints.txt setuptools pybind11 wheel
 	$(PY) -m pip install -q -c constraints.txt build clang-format expecttest hypothesis matplotlib mypy \
 	  ninja numpy pre-commit pytest pytest-cov rich ruff typer
-	$(PY) -m pip install -q -c constraints.txt accelerate transformers
+	$(PY) -m pip install -q -c constraints.txt accelerate keras lightning transformers
 	touch $@
 
 $(READY): $(VENV)/.deps $(NATIVE_SOURCES)

@@ -1,28 +1,28 @@
 """FusedAdamW in the Trainer of Hugging Face transformers, beside the Trainer's own AdamW.
 
-Trains a small, randomly initialised GPT-2 on the CPU, twice with the same seed and data, and prints
-loss and gradient norm of both. Needs `pip install transformers accelerate`.
+    python examples/hf_trainer.py               # needs: pip install transformers accelerate
+
+Trains a small, randomly initialised GPT-2 twice with the same seed and data, and prints loss and
+gradient norm of both.
 """
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 
 import torch
 import transformers
+from side_by_side import BATCH, CONFIG, MAX_GRAD_NORM, WEIGHT_DECAY, Log, Tokens, print_table
 from torch.utils.data import Dataset
 
 from fusedopt.integrations.transformers import FusedClippingMixin, optimizer_cls_and_kwargs
 
 
-class Tokens(Dataset):
-    """Sequences with a pattern to learn."""
+class LabelledTokens(Dataset):
+    """As Trainer feeds them to a model for causal language modelling."""
 
-    def __init__(self, count: int = 64, length: int = 16, vocabulary: int = 50) -> None:
-        generator = torch.Generator().manual_seed(0)
-        start = torch.randint(vocabulary, (count, 1), generator=generator)
-        self.tokens = (start + 3 * torch.arange(length)) % vocabulary
+    def __init__(self) -> None:
+        self.tokens = Tokens().tokens[:, :-1]
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -31,14 +31,15 @@ class Tokens(Dataset):
         return {"input_ids": self.tokens[index], "labels": self.tokens[index]}
 
 
-def model() -> transformers.GPT2LMHeadModel:
+def make_model() -> transformers.GPT2LMHeadModel:
+    """The same weights on each call."""
     transformers.set_seed(0)
     config = transformers.GPT2Config(
-        vocab_size=50,
-        n_positions=16,
-        n_embd=32,
-        n_layer=2,
-        n_head=2,
+        vocab_size=CONFIG.vocab,
+        n_positions=CONFIG.context,
+        n_embd=CONFIG.width,
+        n_layer=CONFIG.layers,
+        n_head=CONFIG.heads,
         bos_token_id=0,
         eos_token_id=0,
     )
@@ -49,13 +50,14 @@ def arguments(folder: Path, steps: int, **options: object) -> transformers.Train
     return transformers.TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
-        per_device_train_batch_size=8,
-        learning_rate=1e-3,
-        weight_decay=0.1,
-        max_grad_norm=0.5,
-        lr_scheduler_type="cosine",
+        per_device_train_batch_size=BATCH,
+        learning_rate=CONFIG.lr,
+        weight_decay=WEIGHT_DECAY,
+        max_grad_norm=MAX_GRAD_NORM,
+        lr_scheduler_type="constant",
         logging_steps=1,
-        save_strategy="no",
+        save_strategy="steps",
+        save_steps=steps,
         report_to=[],
         use_cpu=True,
         disable_tqdm=True,
@@ -67,36 +69,23 @@ class FusedTrainer(FusedClippingMixin, transformers.Trainer):
     """The one line that differs, beside optimizer_cls_and_kwargs below."""
 
 
-def trainer(fused: bool, args: transformers.TrainingArguments) -> transformers.Trainer:
+def make_trainer(fused: bool, args: transformers.TrainingArguments) -> transformers.Trainer:
+    common = {"model": make_model(), "args": args, "train_dataset": LabelledTokens()}
     if not fused:
-        return transformers.Trainer(model=model(), args=args, train_dataset=Tokens())
-    return FusedTrainer(
-        model=model(),
-        args=args,
-        train_dataset=Tokens(),
-        optimizer_cls_and_kwargs=optimizer_cls_and_kwargs(args),
-    )
+        return transformers.Trainer(**common)
+    return FusedTrainer(**common, optimizer_cls_and_kwargs=optimizer_cls_and_kwargs(args))
 
 
-def logged(run: transformers.Trainer) -> list[tuple[float, float]]:
-    """(loss, gradient norm) of each step."""
-    return [(e["loss"], e["grad_norm"]) for e in run.state.log_history if "grad_norm" in e]
-
-
-def main() -> None:
+def train(
+    fused: bool, steps: int, folder: Path, resume: bool = False
+) -> tuple[Log, transformers.GPT2LMHeadModel]:
     transformers.logging.set_verbosity_error()
-    histories = []
-    for fused in (False, True):
-        with tempfile.TemporaryDirectory() as folder:
-            run = trainer(fused, arguments(Path(folder), 20))
-            run.remove_callback(transformers.PrinterCallback)
-            run.train()
-            histories.append(logged(run))
-    print("step   Trainer: loss  norm     fusedopt: loss  norm")
-    for step, (plain, fused_values) in enumerate(zip(*histories, strict=True)):
-        print(f"{step:4}   {plain[0]:13.6f}  {plain[1]:.4f}   {fused_values[0]:14.6f}  "
-              f"{fused_values[1]:.4f}")  # fmt: skip
+    trainer = make_trainer(fused, arguments(folder, steps))
+    trainer.remove_callback(transformers.PrinterCallback)
+    trainer.train(resume_from_checkpoint=resume)
+    log = [(e["loss"], e["grad_norm"]) for e in trainer.state.log_history if "grad_norm" in e]
+    return log, trainer.model
 
 
 if __name__ == "__main__":
-    main()
+    print_table(train)

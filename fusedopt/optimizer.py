@@ -47,6 +47,7 @@ class FusedOptimizer(Optimizer):
     _backend_in_use: str | None = None  # which one served the last step
     _norm_tensor: Tensor | None = None
     _skipped_tensor: Tensor | None = None
+    _handle: int | None = None  # by which compiled graphs find this optimizer
 
     def __init__(
         self,
@@ -69,6 +70,7 @@ class FusedOptimizer(Optimizer):
         self.skip_nonfinite = skip_nonfinite
         self.process_group = process_group
         self.backend = backend
+        self._drivers: dict[Any, Any] = {}  # those of the native backends
         super().__init__(params, defaults)
 
     @classmethod
@@ -101,7 +103,7 @@ class FusedOptimizer(Optimizer):
             or self._optimizer_step_post_hooks
             or _global_optimizer_pre_hooks
             or _global_optimizer_post_hooks
-            or torch.autograd._profiler_enabled()
+            or (not torch.compiler.is_compiling() and torch.autograd._profiler_enabled())
         ) and type(self).step is FusedOptimizer.step:  # torch wraps a subclass's own step()
             return self._hooked_step(*args, **kwargs)
         return self._step(*args, **kwargs)
@@ -123,14 +125,38 @@ class FusedOptimizer(Optimizer):
             getattr(self, "found_inf", None),
             self.process_group,
         )
+        if torch.compiler.is_compiling():
+            from fusedopt import compiled  # 0.1 s that nobody else should wait for
+
+            compiled.step(self, request)
+        else:
+            self._run(request)
+        return loss
+
+    def _run(self, request: backends.Request, tensors: Any = None) -> None:
+        """A step by the first backend that can serve, on other `tensors` if given: an object with
+        the attributes that backends use of this one."""
         reasons = []
         for name, module in self._candidates:
-            reason = module.step(self, request)
+            reason = module.step(tensors or self, request)
             if not reason:
                 self._backend_in_use = name
-                return loss
+                return
             reasons.append(f"{name}: {reason}")
         raise RuntimeError("no backend can serve this step; " + "; ".join(reasons))
+
+    def _init_group(
+        self,
+        group: dict[str, Any],
+        params: list[Tensor],
+        grads: list[Tensor],
+        states: list[Tensor],
+        steps: list[Tensor],
+    ) -> bool:
+        # Dynamo knows this name: it runs the function while it traces, with the tensors themselves.
+        from fusedopt import compiled
+
+        return compiled.init_group(self, group, params, grads, states, steps)
 
     _hooked_step = Optimizer.profile_hook_step(_step)
     step.__signature__ = inspect.signature(_step)  # type: ignore[attr-defined]
@@ -204,6 +230,7 @@ class FusedOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self.__dict__.setdefault("_drivers", {})
         self._candidates = backends.candidates(backends.check_name(self.backend))
         for group in self.param_groups:
             for name, default in self.defaults.items():

@@ -34,6 +34,7 @@ class Rule:
         has_step: whether the state has a "step".
         states: how many of the state tensors a param group uses.
         update: the maths in plain torch ops.
+        first_differs: whether an update with new state is another one than with state of zeros.
         sparse_error: the message for a sparse gradient, or None where it is taken as a dense one.
     """
 
@@ -43,4 +44,5 @@ class Rule:
     has_step: bool
     states: Callable[[dict[str, Any]], int]
     update: Update
+    first_differs: Callable[[dict[str, Any]], bool] = lambda group: False
     sparse_error: str | None = None

@@ -42,6 +42,7 @@ SGD = Rule(
     has_step=False,
     states=lambda group: 1 if float(group["momentum"]) != 0 else 0,
     update=sgd_update,
+    first_differs=lambda group: float(group["dampening"]) != 0,
 )
 
 

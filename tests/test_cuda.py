@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def driver_of(optimizer: fusedopt.FusedOptimizer) -> Any:
-    return optimizer._cuda_drivers[torch.device("cpu"), ()]  # type: ignore[attr-defined]
+    return optimizer._drivers["cuda", torch.device("cpu"), ()]
 
 
 def launches() -> int:

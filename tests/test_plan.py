@@ -88,7 +88,7 @@ def test_rows_that_lie_alike_are_flat() -> None:
         p.grad = torch.randn_like(p)
     optimizer = fusedopt.FusedAdamW(params, backend="cpu")
     optimizer.step()
-    driver = optimizer._cpu_drivers[torch.device("cpu"), ()]  # type: ignore[attr-defined]
+    driver = optimizer._drivers["cpu", torch.device("cpu"), ()]
     plan = driver.plan
     assert driver.refresh(optimizer.param_groups, optimizer.state) == ""
     assert (plan.rows, plan.flat_rows) == (5, 5)

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(not triton.interpreted(), reason="needs TRITON_I
 
 
 def driver_of(optimizer: fusedopt.FusedOptimizer) -> Any:
-    return optimizer._triton_drivers[torch.device("cpu"), ()]  # type: ignore[attr-defined]
+    return optimizer._drivers["triton", torch.device("cpu"), ()]
 
 
 @pytest.mark.parametrize("programs", [1, 3, 7])

@@ -149,7 +149,7 @@ class Native:
         device_type: str,
         new_driver: Callable[[Rule, torch.device], Driver],
     ) -> None:
-        self._slot = f"_{name}_drivers"
+        self._name = name
         self._type = device_type
         self._new_driver = new_driver
 
@@ -188,10 +188,10 @@ class Native:
         return ""
 
     def _driver(self, optimizer: FusedOptimizer, part: Part) -> Driver:
-        drivers: dict[Part, Driver] = optimizer.__dict__.setdefault(self._slot, {})
-        if part not in drivers:
-            drivers.setdefault(part, self._new_driver(optimizer.rule, part[0]))
-        driver = drivers[part]
+        key = (self._name, *part)
+        if key not in optimizer._drivers:
+            optimizer._drivers.setdefault(key, self._new_driver(optimizer.rule, part[0]))
+        driver: Driver = optimizer._drivers[key]
         driver.host.keep_for_graph()
         return driver
 
