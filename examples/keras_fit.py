@@ -33,7 +33,8 @@ class Logged(keras.callbacks.Callback):
         norm = getattr(self.model.optimizer, "grad_norm", None)
         if norm is None:  # Keras keeps the gradients as they were before clipping
             grads = [v.value.grad for v in self.model.trainable_variables]
-            norm = torch.nn.utils.get_total_norm(grads)
+            scale = self.model.optimizer.loss_scale_factor or 1.0
+            norm = torch.nn.utils.get_total_norm(grads) / scale
         self.log.append((float(logs["loss"]), float(norm)))
 
 
@@ -51,7 +52,6 @@ def make_model(fused: bool, **options: Any) -> keras.Model:
     schedule = keras.optimizers.schedules.CosineDecay(CONFIG.lr, 20)
     options = {"weight_decay": WEIGHT_DECAY, "global_clipnorm": MAX_GRAD_NORM, **options}
     optimizer = (FusedAdamW if fused else keras.optimizers.AdamW)(schedule, **options)
-    optimizer.exclude_from_weight_decay(var_names=["bias", "gamma", "beta", "embeddings"])
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(optimizer=optimizer, loss=loss)
     return model

@@ -14,6 +14,7 @@ from pathlib import Path
 import lightning
 import torch
 from gpt_model import GPT, param_groups
+from lightning.pytorch.callbacks import ModelCheckpoint
 from side_by_side import (
     BATCH,
     CONFIG,
@@ -29,7 +30,7 @@ from torch.utils.data import DataLoader
 
 import fusedopt
 
-BATCHES = 5  # an epoch
+BATCHES = 5  # an epoch; each ends with a checkpoint
 
 
 class LightningGPT(lightning.LightningModule):
@@ -79,17 +80,15 @@ def train(
     trainer = lightning.Trainer(
         accelerator="cpu",
         precision=precision,
-        max_steps=steps,
+        max_epochs=steps // BATCHES,
         gradient_clip_val=None if own_clipping else MAX_GRAD_NORM,
         logger=False,
-        enable_checkpointing=False,
+        callbacks=[ModelCheckpoint(folder, "last", save_on_train_epoch_end=True)],
         enable_progress_bar=False,
         enable_model_summary=False,
     )
     loader = DataLoader(Tokens(BATCHES * BATCH), batch_size=BATCH)
-    checkpoint = folder / "last.ckpt"
-    trainer.fit(module, loader, ckpt_path=str(checkpoint) if resume else None)
-    trainer.save_checkpoint(checkpoint)
+    trainer.fit(module, loader, ckpt_path=str(folder / "last.ckpt") if resume else None)
     return module.losses, module.model
 
 

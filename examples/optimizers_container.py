@@ -84,11 +84,12 @@ class Part(nn.Module):
             self.add_module(name, module)
 
 
-def train(
-    fused: bool, steps: int, folder: Path, resume: bool = False
-) -> tuple[Log, nn.Module]:
+def train(fused: bool, steps: int, folder: Path, resume: bool = False) -> tuple[Log, nn.Module]:
     model, data = make_model(), Tokens()
-    parts: list[nn.Module] = [Part({"tokens": model.tokens}), Part({"blocks": model.blocks, "norm": model.norm})]
+    parts: list[nn.Module] = [
+        Part({"tokens": model.tokens}),
+        Part({"blocks": model.blocks, "norm": model.norm}),
+    ]
     kind = fusedopt.FusedAdamW if fused else torch.optim.AdamW
     container = OptimizersContainer(parts, kind, lr=CONFIG.lr, weight_decay=WEIGHT_DECAY)
     # The norm is that of all parts together, so the trainer clips, not one of the optimizers.

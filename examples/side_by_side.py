@@ -12,7 +12,7 @@ from gpt_model import GPT, GPTConfig
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-CONFIG = GPTConfig(layers=2, heads=2, width=32, context=16, lr=3e-3, vocab=64)
+CONFIG = GPTConfig(layers=2, heads=2, width=32, context=16, lr=1e-3, vocab=64)
 BATCH = 4
 WEIGHT_DECAY = 0.1
 MAX_GRAD_NORM = 0.5

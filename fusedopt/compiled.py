@@ -1,7 +1,7 @@
 """step() inside a region of torch.compile: one custom op, `fusedopt::step_`, for the whole step.
 
-Imported only there. Elsewhere step() calls the native driver itself: the dispatcher would cost about
-half a microsecond a tensor. Dynamo runs `_init_group` of an optimizer while it traces, puts the op
+Imported only there. Elsewhere step() calls the native driver itself: the dispatcher would cost
+about half a microsecond a tensor. Dynamo runs `_init_group` of an optimizer while it traces, puts the op
 into the graph, and guards the tensors and numbers that the op is given.
 """
 
@@ -41,8 +41,8 @@ def init_group(
     states: list[Tensor],
     steps: list[Tensor],
 ) -> bool:
-    """Appends the tensors of a group's params that have gradients, and makes missing state. `states`
-    takes those of one param after those of another.
+    """Appends the tensors of a group's params that have gradients, and makes missing state. In
+    `states` those of one param follow those of another.
 
     Returns:
         Whether the op can serve: not where the first update differs from later ones and the state
@@ -162,6 +162,11 @@ class _Step:
         return self._skipped_steps
 
 
+# A replayed CUDA graph would repeat the uploads of the step that was captured.
+_UNSAFE = getattr(torch.Tag, "cudagraph_unsafe", None)
+_TAGS: dict[str, Any] = {} if _UNSAFE is None else {"tags": (_UNSAFE,)}
+
+
 @torch.library.custom_op(
     "fusedopt::step_",
     mutates_args=("params", "states", "steps", "grad_norm", "skipped_steps"),
@@ -169,6 +174,7 @@ class _Step:
     "Tensor(c!)[] steps, int[] group_of, bool[] maximize, float[] hyper, Tensor[] hyper_tensors, "
     "int[] hyper_tensors_at, float? max_grad_norm, float? clip_grad_value, bool skip_nonfinite, "
     "Tensor? grad_scale, Tensor? found_inf, Tensor(d!)? grad_norm, Tensor(e!) skipped_steps) -> ()",
+    **_TAGS,
 )
 def step_(
     optimizer: int,
@@ -240,9 +246,7 @@ def step_(
         state[alias] = {name: next(left) for name in names_of[g]}
         if rule.has_step:
             state[alias]["step"] = next(left_steps)
-    request = Request(
-        max_grad_norm, clip_grad_value, skip_nonfinite, grad_scale, found_inf, None
-    )
+    request = Request(max_grad_norm, clip_grad_value, skip_nonfinite, grad_scale, found_inf, None)
     owner._run(request, _Step(owner, groups, state, grad_norm, skipped_steps))
 
 

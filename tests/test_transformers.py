@@ -1,4 +1,4 @@
-"""What is special in the Trainer of Hugging Face transformers; test_frameworks.py trains with it."""
+"""What is special in the Trainer of transformers; test_frameworks.py trains with it."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import fusedopt
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-import hf_trainer  # noqa: E402
+import hf_trainer
 
-from fusedopt.integrations.transformers import optimizer_cls_and_kwargs  # noqa: E402
+from fusedopt.integrations.transformers import optimizer_cls_and_kwargs
 
 
 def test_arguments_are_taken_over(tmp_path: Path) -> None:
@@ -22,7 +22,7 @@ def test_arguments_are_taken_over(tmp_path: Path) -> None:
     cls, kwargs = optimizer_cls_and_kwargs(args, amsgrad=True)
     assert cls is fusedopt.FusedAdamW
     assert kwargs == {
-        "lr": 3e-3, "betas": (0.9, 0.95), "eps": 1e-6, "max_grad_norm": 0.5, "amsgrad": True,
+        "lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-6, "max_grad_norm": 0.5, "amsgrad": True,
     }  # fmt: skip
     args.max_grad_norm = 0.0
     assert optimizer_cls_and_kwargs(args)[1]["max_grad_norm"] == float("inf")

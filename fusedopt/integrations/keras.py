@@ -52,9 +52,9 @@ class FusedAdamW(keras.optimizers.AdamW):
     def _apply_weight_decay(self, variables: list[Any]) -> None:
         """Left to the step, which comes next."""
 
-    def _iteration(self) -> int:
-        """`self.iterations`, without waiting for a GPU where nobody else has written it."""
-        value = self.iterations.value
+    def _applied(self) -> int:
+        """How often apply() was called, without waiting for a GPU where nobody else counted."""
+        value = self._iterations.value
         if self._count is None or self._count[0] is not value or self._count[1] != value._version:
             return int(value)
         return self._count[2]
@@ -62,17 +62,17 @@ class FusedAdamW(keras.optimizers.AdamW):
     @torch.compiler.disable
     def apply(self, grads: Any, trainable_variables: Any = None) -> None:
         """As keras.optimizers.Optimizer.apply: one step on variables that have gradients."""
-        after = self._iteration() + 1
+        after = self._applied() + 1
         super().apply(grads, trainable_variables)
-        value = self.iterations.value
+        value = self._iterations.value
         self._count = (value, value._version, after)
 
     def _backend_update_step(self, grads: list[Tensor], variables: list[Any], lr: Any) -> None:
         params = [variable.value for variable in variables]
         lr = lr.value if isinstance(lr, keras.Variable) else lr
-        before = self._iteration()
-        with torch.no_grad():
-            steps = self.iterations.value.to(torch.float32).repeat(len(params)).unbind()
+        before = self._applied() // (self.gradient_accumulation_steps or 1)
+        device = params[0].device
+        steps = torch.full((len(params),), before, dtype=torch.float32, device=device).unbind()
         if not self._fused:
             self._fused.append(
                 fusedopt.FusedAdamW(
