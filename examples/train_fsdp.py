@@ -4,7 +4,7 @@
 
 Each rank keeps a shard of params and state; the optimizer clips by the norm over all shards. When a
 rank is killed, torchrun starts all of them again, and they go on from the last checkpoint that is
-whole, bitwise as if nothing had happened. The number of ranks may change between two starts, too.
+whole, bitwise as if nothing had happened.
 ``--out`` receives step-N/ (a distributed checkpoint) and report.json.
 """
 
@@ -32,8 +32,18 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.rendezvous import rendezvous
 
 import fusedopt
+
+
+def join(backend: str) -> None:
+    """Meets the other ranks. torchrun keeps its store when it starts ranks again (torch 2.13):
+    under the same keys, a rank would find the addresses of ranks that are gone."""
+    store, rank, world = next(rendezvous("env://"))
+    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = dist.PrefixStore(f"restart-{restart}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world)
 
 
 def last_checkpoint(out: Path) -> Path | None:
@@ -142,7 +152,7 @@ def main(
         raise typer.BadParameter("must be a multiple of the number of ranks", param_hint="batch")
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    join("nccl" if device == "cuda" else "gloo")
     out.mkdir(parents=True, exist_ok=True)
     train(out, size, device, steps, batch_size, checkpoint_every, seed)
     dist.destroy_process_group()

@@ -1,8 +1,8 @@
 """step() inside a region of torch.compile: one custom op, `fusedopt::step_`, for the whole step.
 
 Imported only there. Elsewhere step() calls the native driver itself: the dispatcher would cost
-about half a microsecond a tensor. Dynamo runs `_init_group` of an optimizer while it traces, puts the op
-into the graph, and guards the tensors and numbers that the op is given.
+about half a microsecond a tensor. Dynamo runs `_init_group` of an optimizer while it traces, puts
+the op into the graph, and guards the tensors and numbers that the op is given.
 """
 
 from __future__ import annotations

@@ -232,6 +232,47 @@ def test_grad_scaler_with_own_clipping(case: Case, backend: str, unscale: bool) 
     assert optimizer.skipped_steps >= 2
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_several_optimizers_under_one_scaler(backend: str) -> None:
+    """The gradients of one overflow: it skips, the others step, the scale goes down for all."""
+
+    def run(fused: bool) -> tuple[list[list[torch.Tensor]], float]:
+        torch.manual_seed(0)
+        models = [torch.nn.Linear(16, 8) for _ in range(2)]
+        optimizers = [
+            fusedopt.FusedAdamW(m.parameters(), max_grad_norm=0.5, backend=backend)
+            if fused
+            else torch.optim.AdamW(m.parameters(), foreach=False)
+            for m in models
+        ]
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16, growth_interval=100)
+        history = []
+        for i in range(4):
+            x = torch.randn(4, 16, generator=torch.Generator().manual_seed(i))
+            for j, model in enumerate(models):
+                factor = 1e36 if (i, j) in ((0, 0), (2, 1)) else 1.0
+                scaler.scale((model(x) * factor).square().mean()).backward()
+            for model, optimizer in zip(models, optimizers, strict=True):
+                if not fused:
+                    scaler.unscale_(optimizer)
+                    torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+                scaler.step(optimizer)
+                optimizer.zero_grad()
+            scaler.update()
+            history.append([p.detach().clone() for m in models for p in m.parameters()])
+        if fused:
+            assert [int(o.skipped_steps) for o in optimizers] == [1, 1]
+        return history, scaler.get_scale()
+
+    (ours, scale), (theirs, other_scale) = run(True), run(False)
+    assert scale == other_scale == 2.0**14
+    for step, other in zip(ours, theirs, strict=True):
+        for p, q in zip(step, other, strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+    assert torch.equal(ours[1][2], ours[2][2])  # the second optimizer skipped its third step
+    assert not torch.equal(ours[1][0], ours[2][0])
+
+
 def test_amp_flag_follows_the_options() -> None:
     param = torch.nn.Parameter(torch.ones(1))
     assert not fusedopt.FusedAdamW([param])._step_supports_amp_scaling
