@@ -13,7 +13,8 @@ train: $(READY)
 	$(PY) examples/train_gpt.py --out runs/train_gpt
 
 test: $(READY)
-	$(PY) -m pytest --cov --cov-report=term --cov-fail-under=90
+	$(PY) -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder \
+	  --cov --cov-report=term --cov-fail-under=90
 
 bench: $(READY)
 	$(PY) bench/step.py
@@ -49,7 +50,7 @@ $(VENV)/.deps: constraints.txt pyproject.toml
 	$(PY) -m pip install -q -c constraints.txt triton
 	$(PY) -m pip install -q -c constraints.txt setuptools pybind11 wheel
 	$(PY) -m pip install -q -c constraints.txt build clang-format expecttest hypothesis matplotlib mypy \
-	  ninja numpy pre-commit pytest pytest-cov rich ruff typer
+	  ninja numpy pre-commit pytest pytest-cov pytest-xdist rich ruff typer
 	$(PY) -m pip install -q -c constraints.txt accelerate keras lightning transformers
 	touch $@
 

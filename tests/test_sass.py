@@ -4,6 +4,7 @@ hot loops, read from ptxas' report and from SASS. Needs nvcc, and cuobjdump from
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import shutil
 import subprocess
@@ -16,7 +17,8 @@ from fusedopt import _native
 from tests import sass
 
 ROOT = Path(__file__).parent.parent
-ARCHS = ["80", "90"]
+ASKED = os.environ.get("FUSEDOPT_CUDA_ARCHS", "").split()
+ARCHS = [arch for arch in ASKED if arch.isdigit()] or ["80", "90"]
 
 
 def cuobjdump() -> str | None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,8 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def start(out: Path) -> subprocess.Popen[str]:
+@contextlib.contextmanager
+def torchrun(out: Path) -> Iterator[subprocess.Popen[str]]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node=2", "--max-restarts=1", "--monitor-interval=0.1"]
     command += [
@@ -30,13 +33,18 @@ def start(out: Path) -> subprocess.Popen[str]:
         "--checkpoint-every=4",
         "--steps=12",
     ]
-    return subprocess.Popen(
+    process = subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
+    try:
+        yield process
+    finally:
+        process.terminate()  # its ranks with it
+        process.communicate()
 
 
 def finish(process: subprocess.Popen[str], out: Path) -> tuple[str, dict[str, Any]]:
@@ -63,18 +71,19 @@ def a_rank(launcher: int) -> int | None:
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the rank in /proc")
 def test_a_killed_rank(tmp_path: Path) -> None:
     whole, out = tmp_path / "whole", tmp_path / "killed"
-    _, expected = finish(start(whole), whole)
+    with torchrun(whole) as process:
+        _, expected = finish(process, whole)
     assert len(expected["history"]) == 12
-    process = start(out)
-    deadline = time.monotonic() + 120
-    while not (out / "step-000004").exists():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-    victim = a_rank(process.pid)
-    assert victim is not None
-    os.kill(victim, signal.SIGKILL)
-    output, report = finish(process, out)
+    with torchrun(out) as process:
+        deadline = time.monotonic() + 120
+        while not (out / "step-000004").exists():
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        victim = a_rank(process.pid)
+        assert victim is not None
+        os.kill(victim, signal.SIGKILL)
+        output, report = finish(process, out)
     assert "resuming at step 4" in output or "resuming at step 8" in output
     assert report == expected
     assert [path.name for path in out.glob("step-*")] == ["step-000012"]
