@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
-CPP_FILES := $(shell find csrc tests/cuda_emulator -name '*.h' -o -name '*.cpp' -o -name '*.cu*')
+CPP_FILES := $(shell find csrc tests/cuda_emulator bench -name '*.h' -o -name '*.cpp' -o -name '*.cu*')
 NATIVE_SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
 
 .PHONY: train test bench gpu-check lint format sanitize mutate clean
@@ -17,8 +17,8 @@ test: $(READY)
 	  --cov --cov-report=term --cov-fail-under=90
 
 bench: $(READY)
-	$(PY) bench/step.py
-	$(PY) bench/host.py
+	$(PY) -m bench step
+	$(PY) -m bench host
 
 # Build, tests, compute-sanitizer and a short benchmark; for a machine with an NVIDIA GPU.
 gpu-check: $(READY)

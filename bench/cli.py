@@ -1,4 +1,4 @@
-"""The command-line options that bench/step.py and bench/host.py share."""
+"""The command-line options that the benchmarks share."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -6,24 +6,26 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from contestants import CONTESTANTS, HYPERPARAMETERS
-from machine import RESULTS, ROOT
-from workloads import DTYPES
+
+from bench.contestants import CONTESTANTS, HYPERPARAMETERS
+from bench.machine import RESULTS, ROOT
+from bench.workloads import DTYPES
 
 Names = list[str] | None  # None, not given, becomes all names in the callback of `choice`
 
 
-def choice(option: str, names: Iterable[str]) -> Any:
-    """A repeatable option that takes some of `names`."""
+def choice(option: str, names: Iterable[str], default: list[str] | None = None) -> Any:
+    """A repeatable option that takes some of `names`; without it `default`, or all of them."""
     allowed = list(names)
 
     def check(values: list[str] | None) -> list[str]:
         for value in values or []:
             if value not in allowed:
                 raise typer.BadParameter(f"{value!r} is not one of {', '.join(allowed)}")
-        return list(dict.fromkeys(values or allowed))
+        return list(dict.fromkeys(values or default or allowed))
 
-    text = f"One of {', '.join(allowed)}; repeat for several. Default: all."
+    what = ", ".join(default) if default else "all"
+    text = f"One of {', '.join(allowed)}; repeat for several. Default: {what}."
     return typer.Option(option, help=text, callback=check, show_default=False)
 
 

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 from torch.nn.utils import clip_grad_norm_
-from workloads import MAX_NORM, InputSet, Workload, dtypes_of
+
+from bench.workloads import MAX_NORM, InputSet, Workload, dtypes_of
 
 HYPERPARAMETERS: dict[str, dict[str, Any]] = {
     "adamw": {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2},
@@ -30,6 +31,8 @@ class Contestant:
     classes: dict[str, str]
     options: dict[str, Any] = field(default_factory=dict)
     clip_option: str | None = None
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    compiled: bool = False  # the step under torch.compile, with a tensor lr: one graph
 
     def load(self, optimizer: str) -> type[torch.optim.Optimizer]:
         """The class for "adamw" or "sgd". Raises what the import raises."""
@@ -48,26 +51,30 @@ class Contestant:
         options = HYPERPARAMETERS[optimizer] | self.options | overrides
         if clip and self.clip_option:
             options[self.clip_option] = MAX_NORM
+        if self.compiled:
+            options["lr"] = torch.tensor(options["lr"])
         instance = self.load(optimizer)(groups, **options)
+        step = torch.compile(instance.step) if self.compiled else instance.step
         if not clip or self.clip_option:
-            return instance, instance.step
+            return instance, step
         params = [param for group in groups for param in group["params"]]
 
         def clip_and_step() -> None:
             clip_grad_norm_(params, MAX_NORM, foreach=True)
-            instance.step()
+            step()
 
         return instance, clip_and_step
 
 
 TORCH_CLASSES = {"adamw": "AdamW", "sgd": "SGD"}
+OUR_CLASSES = {"adamw": "FusedAdamW", "sgd": "FusedSGD"}
 CONTESTANTS = {
     contestant.name: contestant
     for contestant in (
         Contestant(
             "fusedopt",
             "fusedopt",
-            {"adamw": "FusedAdamW", "sgd": "FusedSGD"},
+            OUR_CLASSES,
             clip_option="max_grad_norm",
         ),
         Contestant("torch-fused", "torch.optim", TORCH_CLASSES, {"fused": True}),
@@ -75,8 +82,44 @@ CONTESTANTS = {
         Contestant(
             "torch-for-loop", "torch.optim", TORCH_CLASSES, {"foreach": False, "fused": False}
         ),
+        Contestant("torch-compiled", "torch.optim", TORCH_CLASSES, compiled=True),
+        *(
+            Contestant(
+                f"fusedopt-{backend}",
+                "fusedopt",
+                OUR_CLASSES,
+                {"backend": backend},
+                "max_grad_norm",
+                devices,
+            )
+            for backend, devices in (("reference", ("cpu", "cuda")), ("triton", ("cuda",)))
+        ),
+        Contestant("optimi", "optimi", TORCH_CLASSES),
+        Contestant("torchao", "torchao.optim", {"adamw": "_AdamW"}),
+        Contestant(
+            "bitsandbytes", "bitsandbytes.optim", {"adamw": "AdamW32bit", "sgd": "SGD32bit"}
+        ),
+        Contestant(
+            "deepspeed-cpu", "deepspeed.ops.adam", {"adamw": "DeepSpeedCPUAdam"}, devices=("cpu",)
+        ),
+        Contestant(
+            "deepspeed-fused", "deepspeed.ops.adam", {"adamw": "FusedAdam"}, devices=("cuda",)
+        ),
+        Contestant(
+            "apex",
+            "apex.optimizers",
+            {"adamw": "FusedAdam", "sgd": "FusedSGD"},
+            devices=("cuda",),
+        ),
+        Contestant(
+            "transformer-engine",
+            "transformer_engine.pytorch.optimizers",
+            {"adamw": "FusedAdam", "sgd": "FusedSGD"},
+            devices=("cuda",),
+        ),
     )
 }
+STANDARD = ["fusedopt", "torch-fused", "torch-foreach", "torch-for-loop"]  # always there
 SUBJECT = "fusedopt"
 BASELINE = "torch-fused"
 
@@ -143,15 +186,19 @@ def step_error(
 
 
 def present_and_absent(
-    names: list[str], optimizers: list[str]
+    names: list[str], optimizers: list[str], device: str = "cpu"
 ) -> tuple[list[Contestant], list[dict[str, str]]]:
     """The named contestants whose classes can be imported, and {contestant, reason} of others."""
     present, absent = [], []
     for contestant in (CONTESTANTS[name] for name in names):
+        if device not in contestant.devices:
+            absent.append({"contestant": contestant.name, "reason": f"does not run on a {device}"})
+            continue
         try:
             for optimizer in optimizers:
-                contestant.load(optimizer)
-        except (ImportError, AttributeError, OSError) as error:
+                if optimizer in contestant.classes:
+                    contestant.load(optimizer)
+        except Exception as error:  # an import may fail in any way
             absent.append({"contestant": contestant.name, "reason": reason_of(error)})
         else:
             present.append(contestant)
@@ -166,6 +213,11 @@ def admit(
     entries, refused = [], []
     for clip in (False, True):
         for contestant in contestants:
+            if optimizer not in contestant.classes:
+                if not clip:
+                    reason = f"has no {optimizer}"
+                    refused.append({"contestant": contestant.name, "reason": reason})
+                continue
             try:
                 error = step_error(contestant, optimizer, dtype, clip, device)
             except Exception as failure:

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from measure import Lane, Runner
 from torch.autograd import DeviceType
+
+from bench.measure import Lane, Runner
 
 DEVICE = "cuda"
 

@@ -83,10 +83,10 @@ part gpu-tests 180 "${pytest[@]}" -rs tests/test_gpu.py
 sanitize memcheck
 sanitize racecheck
 
-if has_module typer && has_module rich; then
-  part benchmark 90 "$python" bench/gpu_step.py --quick --output "$out/step-gpu.json"
+if has_module typer && has_module rich && has_module matplotlib; then
+  part benchmark 90 "$python" -m bench gpu --quick --output "$out/step-gpu.json"
 else
-  note SKIP 0 "benchmark: typer or rich is missing"
+  note SKIP 0 "benchmark: typer, rich or matplotlib is missing"
 fi
 
 # Files that take long, and those that say nothing about this machine: test_sass compiles for

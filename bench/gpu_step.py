@@ -1,7 +1,7 @@
 """Time of one optimizer step on an NVIDIA GPU: fusedopt against torch.optim, with and without
 clipping.
 
-    python bench/gpu_step.py [--quick] [--dry-run] [--workload 1b] [--dtype float32] ...
+    python -m bench gpu [--quick] [--dry-run] [--workload 1b] [--dtype float32] ...
 
 All contestants of a workload take turns in one process, on the same params, grads and moments. A
 sample is several steps back to back between two CUDA events; the host's time in the same calls is
@@ -17,10 +17,11 @@ import sys
 from collections.abc import Iterable
 from typing import Annotated, Any
 
-import cli
-import gpu
 import typer
-from contestants import (
+from rich.table import Table
+
+from bench import cli, gpu
+from bench.contestants import (
     HYPERPARAMETERS,
     Contestant,
     admit,
@@ -28,11 +29,11 @@ from contestants import (
     state_dtypes,
     widen_state,
 )
-from goals import GPU_GOALS, Row, evaluate
-from gpu import COPY_BYTES, DeviceCopy, DeviceRunner
-from machine import describe_run
-from measure import Lane, interleave, paired_ratio, quartiles
-from report import (
+from bench.goals import GPU_GOALS, Row, evaluate
+from bench.gpu import COPY_BYTES, DeviceCopy, DeviceRunner
+from bench.machine import describe_run
+from bench.measure import Lane, interleave, paired_ratio, quartiles
+from bench.report import (
     console,
     mark,
     optional,
@@ -44,16 +45,15 @@ from report import (
     rows_of,
     write_results,
 )
-from rich.table import Table
-from step import SharedState, add_bandwidth, lane_key, share_state
-from workloads import (
+from bench.step import SharedState, add_bandwidth, lane_key, share_state
+from bench.workloads import (
     DTYPES,
     MIXED,
     InputSet,
     Workload,
     bytes_per_param,
-    device_bytes,
     gpu_workloads,
+    memory_bytes,
 )
 
 WORKLOADS = gpu_workloads()
@@ -82,7 +82,7 @@ def plan(workloads: list[str], dtypes: list[str], optimizers: list[str]) -> list
 
 def fitting(workload: Workload, dtype: str, free: int) -> Workload:
     """The workload, or for 1b a quarter of it where `free` bytes of device memory are too few."""
-    short = workload.name == "1b" and device_bytes(workload, dtype) > free
+    short = workload.name == "1b" and memory_bytes(workload, dtype) > free
     return WORKLOADS["250m"] if short else workload
 
 
@@ -179,7 +179,7 @@ def print_plan(blocks: list[Block], contestants: list[str]) -> None:
                 optimizer,
                 ", ".join(map(str, least)),
                 f"{least[0] * workload.numel / 1e9:.4f}",
-                f"{device_bytes(workload, dtype) / 1e9:.1f} GB",
+                f"{memory_bytes(workload, dtype) / 1e9:.1f} GB",
             )
     console.print(table)
     console.print(f"contestants: {', '.join(contestants)}; where memory is short 250m for 1b")
@@ -252,7 +252,7 @@ def main(
         return
     reason = gpu.missing_device()
     if reason:
-        print(f"bench/gpu_step.py: {reason}; --dry-run prints the plan", file=sys.stderr)
+        print(f"bench gpu: {reason}; --dry-run prints the plan", file=sys.stderr)
         sys.exit(1)
     path = cli.prepare("step-gpu", output, None, quick)
     repeats, warmup = cli.rounds_of(quick, repeats, default=15)
@@ -295,7 +295,3 @@ def main(
     print_absent(absent)
     print_goals(goals, "the GPU")
     sys.exit(0 if rows else 1)
-
-
-if __name__ == "__main__":
-    typer.run(main)

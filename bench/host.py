@@ -1,6 +1,6 @@
 """Host time of one optimizer step: 300 tensors of 16 elements in 1, 10 and 300 param groups.
 
-    python bench/host.py [--quick] [--workload 300-tiny-1-groups] [--variant steady] ...
+    python -m bench host [--quick] [--workload 300-tiny-1-groups] [--variant steady] ...
 
 The arithmetic of these steps takes nothing: what is timed is Python, dispatch and launches. Three
 variants: `steady` (the same grads on each step), `fresh-grads` (newly allocated grads on each
@@ -18,14 +18,15 @@ import sys
 from collections.abc import Callable
 from typing import Annotated, Any
 
-import cli
 import torch
-import typer
-from contestants import SUBJECT, Contestant, admit, present_and_absent
-from goals import Row, evaluate
-from machine import describe_run
-from measure import Lane, Runner, interleave, paired_ratio
-from report import (
+from rich.table import Table
+
+from bench import cli
+from bench.contestants import SUBJECT, Contestant, admit, present_and_absent
+from bench.goals import Row, evaluate
+from bench.machine import describe_run
+from bench.measure import Lane, Runner, interleave, paired_ratio
+from bench.report import (
     console,
     mark,
     optional,
@@ -38,8 +39,7 @@ from report import (
     rows_of,
     write_results,
 )
-from rich.table import Table
-from workloads import InputSet, Workload, host_workloads
+from bench.workloads import InputSet, Workload, host_workloads
 
 WORKLOADS = host_workloads()
 # After another contestant's turn it took three or four steps until a step of 300 tiny tensors
@@ -198,7 +198,3 @@ def main(
     print_absent(absent)
     print_goals(goals)
     sys.exit(0 if rows else 1)
-
-
-if __name__ == "__main__":
-    typer.run(main)

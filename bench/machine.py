@@ -5,6 +5,7 @@ import os
 import platform
 import re
 import subprocess
+import sys
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,12 @@ def cache_bytes() -> int:
     sizes = [read(f"/sys/devices/system/cpu/cpu0/cache/index{i}/size").strip() for i in range(5)]
     units = {"K": 1 << 10, "M": 1 << 20}
     return max((int(s[:-1]) * units[s[-1]] for s in sizes if s[-1:] in units), default=32 << 20)
+
+
+def available_bytes() -> int:
+    """Memory that can be had without swapping; unlimited where the system does not say."""
+    available = re.search(r"MemAvailable:\s*(\d+) kB", read("/proc/meminfo"))
+    return int(available[1]) * 1024 if available else sys.maxsize
 
 
 def describe_machine() -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Writes the table of measured figures into the README, from bench/results/*.json.
 
-python bench/readme.py
+python -m bench.readme
 """
 
 import json

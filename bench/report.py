@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from contestants import BASELINE, ERROR_LIMIT, SUBJECT
-from goals import FIGURES, Row
-from measure import Lane, paired_ratio, quartiles
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+
+from bench.contestants import BASELINE, ERROR_LIMIT, SUBJECT
+from bench.goals import FIGURES, RATIO, Row
+from bench.measure import Lane, paired_ratio, quartiles
 
 QUIET = 0.5  # load average above which somebody else was at work
 
@@ -26,20 +27,20 @@ def progress_bar() -> Progress:
     return Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True), auto_refresh=False)
 
 
-def rows_of(lanes: Sequence[Lane], same: Sequence[str]) -> list[Row]:
-    """One row a lane: its key, median and quartiles, the ratio to torch fused, all samples.
+def rows_of(
+    lanes: Sequence[Lane], same: Sequence[str], baseline: str = BASELINE, column: str = RATIO
+) -> list[Row]:
+    """One row a lane: its key, median and quartiles, the ratio to the baseline, all samples.
 
-    Times are in seconds. `ratio_vs_torch_fused` is the median over rounds of torch fused's time
-    through this lane's, where the torch lane is the one whose key agrees in the columns `same`.
+    Times are in seconds. The ratio, in `column`, is the median over rounds of the baseline's time
+    through this lane's, where the baseline's lane is that whose key agrees in the columns `same`.
     """
     rows = []
     for lane in lanes:
         q1, median, q3 = quartiles(lane.samples)
         row = {**lane.key, "median_s": median, "q1_s": q1, "q3_s": q3}
-        baseline = partner(lanes, lane, same, contestant=BASELINE)
-        row["ratio_vs_torch_fused"] = (
-            None if baseline is None else paired_ratio(baseline.samples, lane.samples)
-        )
+        other = partner(lanes, lane, same, contestant=baseline)
+        row[column] = None if other is None else paired_ratio(other.samples, lane.samples)
         row["samples_s"] = lane.samples
         if lane.cold:
             row["cold_median_s"] = quartiles(lane.cold)[1]
@@ -85,6 +86,12 @@ def print_absent(absent: Sequence[dict[str, str]]) -> None:
         console.print(f"absent: {entry['contestant']}: {entry['reason']}", markup=False)
 
 
+def print_skipped(skipped: Sequence[dict[str, str]]) -> None:
+    """Workloads that this machine is too small for."""
+    for entry in skipped:
+        console.print(f"skipped: {entry['workload']}: {entry['reason']}", markup=False)
+
+
 def print_wrong(rows: Sequence[Row]) -> None:
     """Contestants whose steps do not compute the optimizer: their times are not a comparison."""
     wrong = {
@@ -94,8 +101,8 @@ def print_wrong(rows: Sequence[Row]) -> None:
     }
     for (contestant, optimizer, dtype), error in wrong.items():
         console.print(
-            f"wrong result: {contestant} {optimizer} {dtype} ends {error:.0f} roundings from"
-            " float64, so that its times (marked !) are no comparison",
+            f"inexact: {contestant} {optimizer} {dtype} ends {error:.0f} roundings from float64,"
+            f" more than {ERROR_LIMIT:.0f}: its times (marked !) are those of another result",
             markup=False,
         )
 

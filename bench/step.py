@@ -1,6 +1,6 @@
 """Time of one optimizer step on the CPU: fusedopt against torch.optim, with and without clipping.
 
-    python bench/step.py [--quick] [--workload 16x4096x1024] [--dtype float32] ...
+    python -m bench step [--quick] [--workload 16x4096x1024] [--dtype float32] ...
 
 All contestants of a workload take turns in one process, on the same params, grads and moments. In
 each round an in-place pass over 268 MB is timed too: its bandwidth is the floor that a step is
@@ -14,29 +14,38 @@ import sys
 from collections.abc import Iterable
 from typing import Annotated, Any
 
-import cli
 import torch
-import typer
-from contestants import Contestant, admit, present_and_absent
-from goals import Row, evaluate
-from machine import cache_bytes, describe_run
-from measure import FLOOR_BYTES, InPlacePass, Lane, Runner, interleave, quartiles
-from report import (
+from rich.table import Table
+
+from bench import cli
+from bench.contestants import Contestant, admit, present_and_absent
+from bench.goals import Row, evaluate
+from bench.machine import available_bytes, cache_bytes, describe_run
+from bench.measure import FLOOR_BYTES, InPlacePass, Lane, Runner, interleave, quartiles
+from bench.report import (
     console,
     mark,
     optional,
     print_absent,
     print_goals,
     print_head,
+    print_skipped,
     print_wrong,
     progress_bar,
     rows_of,
     write_results,
 )
-from rich.table import Table
-from workloads import InputSet, Workload, bytes_per_param, sets_to_defeat_cache, step_workloads
+from bench.workloads import (
+    SUITES,
+    InputSet,
+    Workload,
+    bytes_per_param,
+    memory_bytes,
+    sets_to_defeat_cache,
+    step_workloads,
+)
 
-WORKLOADS = step_workloads()
+ALL_WORKLOADS = {**step_workloads(), **SUITES["models"], **SUITES["sweep"]}
 
 SharedState = dict[tuple[torch.Tensor, str], torch.Tensor]
 
@@ -158,7 +167,10 @@ def print_rows(rows: list[Row], floors: list[dict[str, Any]]) -> None:
 
 def main(
     quick: cli.Quick = False,
-    workload: Annotated[cli.Names, cli.choice("--workload", WORKLOADS)] = None,
+    workload: Annotated[
+        cli.Names,
+        cli.choice("--workload", [*SUITES, *ALL_WORKLOADS], default=list(step_workloads())),
+    ] = None,
     dtype: cli.Dtypes = None,
     optimizer: cli.Optimizers = None,
     contestant: cli.Contestants = None,
@@ -169,6 +181,7 @@ def main(
     """Time of one optimizer step on the CPU: fusedopt against torch.optim."""
     path = cli.prepare("step-cpu", output, threads, quick)
     repeats, warmup = cli.rounds_of(quick, repeats, default=21)
+    workload = [name for given in workload for name in SUITES.get(given, [given])]
     present, absent = present_and_absent(contestant, optimizer)
     options = {"quick": quick, "repeats": repeats, "warmup_rounds": warmup, "workload": workload}
     options |= {"dtype": dtype, "optimizer": optimizer, "contestant": contestant}
@@ -177,12 +190,18 @@ def main(
     in_place = InPlacePass()
     rows: list[Row] = []
     floors: list[dict[str, Any]] = []
+    skipped: list[dict[str, str]] = []
     with progress_bar() as progress:
         for dtype_name, optimizer_name in itertools.product(dtype, optimizer):
             entries, refused = admit(present, optimizer_name, dtype_name)
             absent += refused
             for name in workload if entries else ():
-                size = step_workloads(quick)[name]
+                size = {**ALL_WORKLOADS, **step_workloads(quick)}[name]
+                needed = memory_bytes(size, dtype_name)
+                if needed > available_bytes():
+                    reason = f"needs {needed / (1 << 30):.0f} GiB of memory in {dtype_name}"
+                    skipped.append({"workload": name, "reason": reason})
+                    continue
                 # A quick run is not for figures: two sets exercise the rotation.
                 most = 2 if quick else None
                 lanes = build_lanes(size, optimizer_name, dtype_name, entries, most)
@@ -195,14 +214,11 @@ def main(
                 gc.collect()
     goals = evaluate(rows)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20)
-    tables = {"absent": absent, "floors": floors, "rows": rows, "goals": goals}
+    tables = {"absent": absent, "skipped": skipped, "floors": floors, "rows": rows, "goals": goals}
     write_results(path, {**run, "peak_memory_gib": round(peak, 2), **tables})
     print_rows(rows, floors)
     print_wrong(rows)
     print_absent(absent)
+    print_skipped(skipped)
     print_goals(goals)
     sys.exit(0 if rows else 1)
-
-
-if __name__ == "__main__":
-    typer.run(main)

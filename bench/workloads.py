@@ -11,6 +11,8 @@ from itertools import pairwise
 
 import torch
 
+from bench import models
+
 Shape = tuple[int, ...]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -43,44 +45,60 @@ class Workload:
         return sum(math.prod(shape) for shape in self.shapes)
 
 
-def gpt2_shapes(layers: int = 12, width: int = 768, vocab: int = 50257) -> tuple[Shape, ...]:
-    """Param shapes of GPT-2 (124M by default) as published, with wte tied to the output layer."""
-    block: list[Shape] = [
-        (width,), (width,),  # ln_1
-        (width, 3 * width), (3 * width,),  # attn.c_attn
-        (width, width), (width,),  # attn.c_proj
-        (width,), (width,),  # ln_2
-        (width, 4 * width), (4 * width,),  # mlp.c_fc
-        (4 * width, width), (width,),  # mlp.c_proj
-    ]  # fmt: skip
-    return ((vocab, width), (1024, width), *(block * layers), (width,), (width,))
-
-
 def step_workloads(quick: bool = False) -> dict[str, Workload]:
-    """Workloads of bench/step.py by name; with `quick` the same names at a fraction of the size."""
+    """The standard workloads of `python -m bench step` by name; with `quick` the same names at a
+    fraction of the size."""
     if quick:
         shapes = {
             "16x4096x1024": ((512, 512),) * 16,
             "1000x64x64": ((64, 64),) * 40,
-            "gpt2-124m": gpt2_shapes(layers=2, width=64),
+            "gpt2-124m": models.gpt2(layers=2, width=64),
         }
     else:
         shapes = {
             "16x4096x1024": ((4096, 1024),) * 16,
             "1000x64x64": ((64, 64),) * 1000,
-            "gpt2-124m": gpt2_shapes(),
+            "gpt2-124m": models.gpt2(),
         }
     return {name: Workload(name, tensors) for name, tensors in shapes.items()}
 
 
+def model_workloads() -> dict[str, Workload]:
+    """Tensor lists of real models; of the largest also what one rank of FSDP2 holds."""
+    shapes = {
+        "gpt2-1.5b": models.gpt2(layers=48, width=1600),
+        "llama3-1b": models.LLAMA_1B.shapes(),
+        "llama3-8b": models.LLAMA_8B.shapes(),
+        "llama3-8b-of-64-ranks": models.shard(models.LLAMA_8B.shapes(), 64),
+        "llama3-70b-of-256-ranks": models.shard(models.LLAMA_70B.shapes(), 256),
+        "vit-large": models.vit_large(),
+        "resnet50": models.resnet50(),
+        "llama3-8b-lora": models.lora(),
+        "olmoe-of-64-ranks": models.mixture_of_experts(),
+    }
+    found = {name: Workload(name, tensors) for name, tensors in shapes.items()}
+    return found | {"465-groups": Workload("465-groups", models.layerwise_groups(465), 465)}
+
+
+def sweep_workloads() -> dict[str, Workload]:
+    """One tensor of 2^10 to 2^30 elements; 1 to 10,000 tensors of 1,024."""
+    sizes = {f"1x2^{power}": ((1 << power,),) for power in range(10, 31, 2)}
+    counts = {f"{count}x1024": ((1024,),) * count for count in (10, 100, 1000, 10_000)}
+    return {name: Workload(name, tensors) for name, tensors in (sizes | counts).items()}
+
+
+# What `--workload` takes besides single names.
+SUITES = {"models": model_workloads(), "sweep": sweep_workloads()}
+
+
 def host_workloads() -> dict[str, Workload]:
-    """Workloads of bench/host.py by name: 300 tensors of 16 elements in 1, 10 and 300 groups."""
+    """Workloads of `python -m bench host` by name: 300 tensors in 1, 10 and 300 groups."""
     names = {f"300-tiny-{groups}-groups": groups for groups in (1, 10, 300)}
     return {name: Workload(name, ((16,),) * 300, groups) for name, groups in names.items()}
 
 
 def gpu_workloads() -> dict[str, Workload]:
-    """Workloads of bench/gpu_step.py by name. 250m stands in for 1b where memory is short."""
+    """Workloads of `python -m bench gpu` by name. 250m stands in for 1b where memory is short."""
     tiny = {f"1860-tiny-{groups}-groups": groups for groups in (1, 465)}
     return {
         "1b": Workload("1b", ((4096, 4096),) * 60),
@@ -108,10 +126,10 @@ def bytes_per_param(optimizer: str, dtype: str, clip: str = "none") -> int:
     return passes * param.itemsize + STATE_PASSES[optimizer] * state.itemsize
 
 
-def device_bytes(workload: Workload, dtype: str) -> int:
-    """Device memory that the contestants of a workload need in turn: params, grads and a copy of
-    them, the shared moments of AdamW, those that a contestant makes before it shares them, and
-    float32 temporaries of torch's foreach."""
+def memory_bytes(workload: Workload, dtype: str) -> int:
+    """Memory that the contestants of a workload need in turn: params, grads and a copy of them, the
+    shared moments of AdamW, those that a contestant makes before it shares them, and float32
+    temporaries of torch's foreach."""
     param, state = dtypes_of(dtype)
     return workload.numel * (3 * param.itemsize + 4 * state.itemsize + 2 * 4)
 

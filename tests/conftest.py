@@ -22,7 +22,12 @@ def pytest_configure() -> None:
         triton_interpreter.install()
 
 
+# Files of minutes. They come first, so that workers that take whole files end together.
+LONG = ("test_triton", "test_cuda_emulator", "test_package", "test_train_gpt", "test_train_fsdp")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.stem not in LONG)
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="no NVIDIA GPU on this machine")

@@ -1,4 +1,4 @@
-"""bench/: the workloads, the bytes, the goals, and both scripts run end to end on small sizes."""
+"""bench/: the workloads, the bytes, the goals, and the commands end to end on small sizes."""
 
 import json
 import os
@@ -11,14 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-BENCH = ROOT / "bench"
-sys.path.append(str(BENCH))  # the scripts find their modules beside themselves; so does this file
+from bench import contestants, goals, memory, models, plot, readme, workloads
 
-import contestants  # noqa: E402
-import goals  # noqa: E402
-import readme  # noqa: E402
-import workloads  # noqa: E402
+ROOT = Path(__file__).resolve().parents[1]
 
 BYTES = {  # optimizer, dtype: step, with our clip, with clip_grad_norm_
     ("adamw", "float32"): (28, 32, 40),
@@ -29,6 +24,28 @@ BYTES = {  # optimizer, dtype: step, with our clip, with clip_grad_norm_
 
 
 # Workloads
+
+
+def test_models_have_the_published_sizes():
+    sizes = {name: (len(w.shapes), w.numel) for name, w in workloads.SUITES["models"].items()}
+    assert sizes["gpt2-1.5b"] == (580, 1_557_611_200)
+    assert sizes["llama3-1b"] == (146, 1_235_814_400)
+    assert sizes["llama3-8b"] == (291, 8_030_261_248)
+    assert sizes["vit-large"] == (296, 304_326_632)
+    assert sizes["resnet50"] == (161, 25_557_032)
+    assert sizes["llama3-8b-lora"] == (448, 41_943_040)
+    assert models.numel(models.LLAMA_70B.shapes()) == 70_553_706_496
+    assert models.numel(models.mixture_of_experts(1)) == 6_919_161_856  # OLMoE-1B-7B
+    assert workloads.SUITES["models"]["465-groups"].groups == 465
+
+
+def test_shards_together_hold_a_model():
+    whole = models.resnet50()
+    parts = models.shard(whole, 3)
+    assert len(parts) == len(whole)
+    for part, shape in zip(parts, whole, strict=True):
+        assert part[1:] == shape[1:]
+        assert 0 <= part[0] * 3 - shape[0] < 3
 
 
 def test_workloads_have_the_published_sizes():
@@ -147,15 +164,19 @@ def test_goals_name_columns_and_sizes_that_the_scripts_write():
 # The scripts
 
 
-def run_script(name, tmp_path, *arguments, env=None):
+def environment(*first):
+    """Finds `bench` from an empty folder, and before it what lies in the folders `first`."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, [*filter(None, first), ROOT]))}
+
+
+def run_script(name, tmp_path, *arguments, stub=None):
     """(results, printed text) of a run in an empty folder."""
     output = tmp_path / "results" / "out.json"
-    command = [sys.executable, str(BENCH / name), "--quick", "--repeats", "3", "--threads", "1"]
+    command = [sys.executable, "-m", "bench", name, "--quick", "--repeats", "3", "--threads", "1"]
     command += ["--output", str(output), *arguments]
     done = subprocess.run(
-        command, cwd=tmp_path, env=os.environ | (env or {}), capture_output=True, text=True,
-        timeout=300,
-    )  # fmt: skip
+        command, cwd=tmp_path, env=environment(stub), capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     text = output.read_text()
     assert list(tmp_path.iterdir()) == [output.parent]
@@ -195,7 +216,8 @@ def check_row(row, rows, same):
 
 
 def test_step_script(tmp_path):
-    results, text = run_script("step.py", tmp_path, "--workload", "1000x64x64")
+    named = [word for name in contestants.STANDARD for word in ("--contestant", name)]
+    results, text = run_script("step", tmp_path, "--workload", "1000x64x64", *named)
     check_head(results)
     rows, floors = results["rows"], results["floors"]
     assert results["absent"] == []
@@ -225,7 +247,7 @@ def test_host_script(tmp_path):
     arguments = ["--dtype", "float32", "--optimizer", "adamw"]
     arguments += ["--workload", "300-tiny-1-groups", "--workload", "300-tiny-300-groups"]
     arguments += ["--contestant", "fusedopt", "--contestant", "torch-fused"]
-    results, text = run_script("host.py", tmp_path, *arguments)
+    results, text = run_script("host", tmp_path, *arguments)
     check_head(results)
     rows = results["rows"]
     assert len(rows) == 2 * 3 * 2 * 2  # group counts, variants, clip, contestants
@@ -253,9 +275,7 @@ def test_without_fusedopt_the_others_run_and_it_is_listed(tmp_path):
     arguments = ["--dtype", "float32", "--optimizer", "sgd", "--variant", "steady"]
     arguments += ["--workload", "300-tiny-1-groups", "--contestant", "fusedopt"]
     arguments += ["--contestant", "torch-foreach"]
-    results, text = run_script(
-        "host.py", tmp_path, *arguments, env={"PYTHONPATH": str(stub.parent)}
-    )
+    results, text = run_script("host", tmp_path, *arguments, stub=stub.parent)
     assert results["absent"] == [
         {"contestant": "fusedopt", "reason": "ImportError: not built:"},
     ]
@@ -267,17 +287,97 @@ def test_without_fusedopt_the_others_run_and_it_is_listed(tmp_path):
 
 
 def test_an_unknown_name_is_refused_with_the_choices(tmp_path):
-    command = [sys.executable, str(BENCH / "step.py"), "--workload", "16x4096"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    command = [sys.executable, "-m", "bench", "step", "--workload", "16x4096"]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 2
     words = " ".join(done.stderr.replace("│", " ").split())
-    assert "'16x4096' is not one of 16x4096x1024, 1000x64x64, gpt2-124m" in words
+    assert "'16x4096' is not one of models, sweep, 16x4096x1024, 1000x64x64, gpt2-124m" in words
     assert list(tmp_path.iterdir()) == []
 
 
 def test_the_readme_has_the_measured_figures():
     text = (ROOT / "README.md").read_text()
-    assert readme.updated(text) == text, "run python bench/readme.py"
+    assert readme.updated(text) == text, "run python -m bench.readme"
     worse = json.loads((ROOT / "bench/results/step-cpu.json").read_text())
     worse["rows"][0]["ratio_vs_torch_fused"] += 1
     assert "\n".join(readme.step_table(worse)) not in text
+
+
+def test_clip_script(tmp_path):
+    results, text = run_script("clip", tmp_path, "--workload", "1000x64x64")
+    rows = results["rows"]
+    assert len(rows) == 2 * 3  # dtypes, functions
+    for row in rows:
+        (other,) = (
+            r for r in rows
+            if r["contestant"] == "torch-foreach" and r["dtype"] == row["dtype"]
+        )  # fmt: skip
+        ratios = [a / b for a, b in zip(other["samples_s"], row["samples_s"], strict=True)]
+        assert row["ratio_vs_torch_foreach"] == pytest.approx(statistics.median(ratios))
+        itemsize = 4 if row["dtype"] == "float32" else 2
+        moved = 3 * itemsize * row["numel"]
+        assert row["gb_per_s"] == pytest.approx(moved / row["median_s"] / 1e9)
+    assert "clip_grad_norm_" in text
+
+
+def test_train_script(tmp_path):
+    results, text = run_script("train", tmp_path)
+    theirs, ours = results["rows"]
+    assert (theirs["contestant"], ours["contestant"]) == ("torch-fused", "fusedopt")
+    assert ours["final_loss"] == pytest.approx(theirs["final_loss"], abs=1e-3)
+    for row in (theirs, ours):
+        assert len(row["samples_s"]) == len(row["optimizer_samples_s"]) == 3
+        tokens = row["tokens_per_s"] * row["step_median_s"]
+        assert tokens == pytest.approx(4 * 128)  # batch, context of the size "tiny"
+        share = sum(row["optimizer_samples_s"]) / sum(row["samples_s"])
+        assert row["optimizer_share"] == pytest.approx(share)
+        assert 0 < share < 1
+    assert theirs["speedup"] == 1
+    assert "tokens/s" in text
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
+def test_memory_sees_a_copy_of_the_params():
+    """torch's foreach step makes copies of its tensors; fusedopt none."""
+    size = memory.workload(quick=True).numel * 4
+    ours = memory.measured_apart("fusedopt", "adamw", "float32", True, True)
+    foreach = memory.measured_apart("torch-foreach", "adamw", "float32", True, True)
+    assert ours < 0.01 * size
+    assert foreach > 0.25 * size
+    with pytest.raises(RuntimeError, match="KeyError"):
+        memory.measured_apart("fusedopt", "lamb", "float32", True, True)
+
+
+def test_pictures(tmp_path):
+    """Each from the rows of a small run; one without its file is left out."""
+    results, out = tmp_path / "results", tmp_path / "figures"
+    results.mkdir()
+    base = {"dtype": "float32", "optimizer": "adamw", "step_error": 1.0, "floor_s": 1e-5}
+    rows = []
+    for contestant, median in (("fusedopt", 1e-5), ("torch-fused", 2e-5), ("of-others", 3e-5)):
+        for clip in (False, True):
+            for name, count, numel in (
+                ("1x2^10", 1, 1024),
+                ("1x2^22", 1, 1 << 22),
+                ("10x1024", 10, 10240),
+            ):
+                times = {"median_s": median * numel / 1024, "q1_s": median, "q3_s": median * 9}
+                ratio = {"ratio_vs_torch_fused": 2e-5 / median, "floor_bytes_per_param": 28}
+                key = {"workload": name, "contestant": contestant, "clip": clip}
+                key |= {"tensors": count, "numel": numel, "groups": count, "variant": "steady"}
+                rows.append({**base, **key, **times, **ratio})
+    head = {"machine": {"cpu": "a cpu", "threads": 2}, "versions": {"torch": "2"}, "rows": rows}
+    for name in ("step-cpu-sweep.json", "host-cpu.json"):
+        (results / name).write_text(json.dumps(head))
+    plot.main(results, out)
+    assert sorted(path.name for path in out.iterdir()) == [
+        "groups.png",
+        "roofline.png",
+        "tensors.png",
+    ]
+    (results / "step-cpu-models.json").write_text(json.dumps(head))
+    plot.main(results, out)
+    assert (out / "speed.png").read_bytes()[:4] == b"\x89PNG"
+    assert plot.usable([{**rows[0], "step_error": 99.0}], clip=False) == []

@@ -1,5 +1,5 @@
-"""bench/gpu_check.sh and bench/gpu_step.py as far as they run without a GPU: the script over a stub
-of Python, the benchmark over stubs of what asks the device."""
+"""bench/gpu_check.sh and `bench gpu` as far as they run without a GPU: the script over a stub of
+Python, the benchmark over stubs of what asks the device."""
 
 import json
 import os
@@ -13,16 +13,11 @@ import pytest
 import torch
 import typer
 
+from bench import goals, gpu, gpu_step, workloads
+from tests import gpu_sanitize
+
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "bench" / "gpu_check.sh"
-sys.path.append(str(ROOT / "bench"))  # as the scripts find their modules
-
-import goals  # noqa: E402
-import gpu  # noqa: E402
-import gpu_step  # noqa: E402
-import workloads  # noqa: E402
-
-from tests import gpu_sanitize  # noqa: E402
 
 PARTS = [
     "device",
@@ -106,7 +101,7 @@ def test_all_parts_run_and_pass(tmp_path):
         ("-m pip", "install"),
         ("-m fusedopt", "fusedopt"),
         ("-rs tests/test_gpu.py", "gpu-tests"),
-        ("gpu_step.py", "benchmark"),
+        ("-m bench", "benchmark"),
         ("--ignore", "tests"),
     ],
 )
@@ -182,12 +177,12 @@ def test_what_the_sanitizer_runs_is_right_on_the_cpu(capsys):
     assert capsys.readouterr().out == "all steps ran\n"
 
 
-# bench/gpu_step.py
+# bench gpu
 
 
 def run_step(*arguments):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, str(ROOT / "bench" / "gpu_step.py"), *arguments]
+    command = [sys.executable, "-m", "bench", "gpu", *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
 
 
@@ -229,7 +224,7 @@ def test_without_a_gpu_it_says_so(tmp_path):
 
 def test_short_memory_takes_a_quarter_of_the_large_workload():
     large, small = gpu_step.WORKLOADS["1b"], gpu_step.WORKLOADS["1000x1024"]
-    need = workloads.device_bytes(large, "float32")
+    need = workloads.memory_bytes(large, "float32")
     assert need == 36 * large.numel  # 12 params, grads and copies; 16 moments; 8 temporaries
     assert gpu_step.fitting(large, "float32", need) is large
     assert gpu_step.fitting(large, "float32", need - 1).name == "250m"

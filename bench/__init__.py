@@ -1,0 +1,1 @@
+"""The benchmarks of fusedopt and its peers: `python -m bench --help`."""
