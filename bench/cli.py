@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from bench.contestants import CONTESTANTS, HYPERPARAMETERS
+from bench.contestants import CONTESTANTS, HYPERPARAMETERS, STANDARD
 from bench.machine import RESULTS, ROOT
 from bench.workloads import DTYPES
 
@@ -35,7 +35,7 @@ Quick = Annotated[
 ]
 Dtypes = Annotated[Names, choice("--dtype", DTYPES)]
 Optimizers = Annotated[Names, choice("--optimizer", HYPERPARAMETERS)]
-Contestants = Annotated[Names, choice("--contestant", CONTESTANTS)]
+Contestants = Annotated[Names, choice("--contestant", CONTESTANTS, default=STANDARD)]
 Repeats = Annotated[
     int | None, typer.Option(min=1, help="Timed rounds; each times every contestant once.")
 ]

@@ -57,7 +57,8 @@ def init_group(
             continue
         if any(distributed.is_dtensor(t) or t.is_sparse for t in (param, grad)):
             return False
-        optimizer._norm_buffer(param.device)
+        if optimizer.max_grad_norm is not None or optimizer.skip_nonfinite:
+            optimizer._norm_buffer(param.device)
         optimizer._skipped_buffer(param.device)
         entry = optimizer.state[param] if names or rule.has_step else {}
         if rule.first_differs(group) and any(entry.get(name) is None for name in names):

@@ -72,6 +72,7 @@ def test_one_graph_with_the_bits_of_eager_mode(case: str, dtype: torch.dtype) ->
         step()
         eager.step()
         assert_same(compiled, eager)
+        assert (compiled.grad_norm is None) == (eager.grad_norm is None)
         if eager.grad_norm is not None:
             assert torch.equal(compiled.grad_norm, eager.grad_norm)
     assert counter.frame_count == 1
@@ -231,6 +232,30 @@ def test_hooks_and_closures_run() -> None:
     set_grads(params, 0)
     step()
     assert calls == ["pre", "post"]
+
+
+def test_under_a_grad_scaler() -> None:
+    """GradScaler sets grad_scale and found_inf, and deletes them: the compiled step sees both."""
+    results = []
+    for compile_it in (True, False):
+        torch.manual_seed(0)
+        model = nn.Linear(6, 3)
+        optimizer = fusedopt.FusedAdamW(model.parameters(), lr=1e-2, max_grad_norm=0.1)
+        if compile_it:
+            optimizer.step = torch.compile(optimizer.step, backend="aot_eager")  # type: ignore
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16, growth_interval=100)
+        for i in range(5):
+            x = torch.randn(8, 6, generator=torch.Generator().manual_seed(i))
+            factor = 1e36 if i in (0, 3) else 1.0
+            scaler.scale((model(x) * factor).square().mean()).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+        assert int(optimizer.skipped_steps) == 2
+        results.append(([p.detach().clone() for p in model.parameters()], scaler.get_scale()))
+    (ours, scale), (eager, other_scale) = results
+    assert scale == other_scale
+    assert all(torch.equal(p, q) for p, q in zip(ours, eager, strict=True))
 
 
 def op_arguments(optimizer: fusedopt.FusedAdamW) -> dict[str, Any]:
