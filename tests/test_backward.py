@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 import fusedopt
@@ -91,6 +92,26 @@ def test_what_cannot_work_is_refused() -> None:
     optimizer = adamw(net.parameters())
     loss(net, 0).backward()
     refused("cannot be accumulated", net, optimizer)
+
+
+@pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed")
+def test_params_of_several_ranks_are_refused() -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        net = model()
+        optimizer = fusedopt.FusedAdamW(net.parameters())
+        refused(
+            "model must not be in DistributedDataParallel",
+            nn.parallel.DistributedDataParallel(net),
+            optimizer,
+        )
+        sharded = fully_shard(model(), mesh=init_device_mesh("cpu", (1,)))
+        refused("is a DTensor", sharded, fusedopt.FusedAdamW(sharded.parameters()))
+    finally:
+        dist.destroy_process_group()
 
 
 def test_a_grad_scaler_is_refused_in_backward() -> None:
