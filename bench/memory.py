@@ -23,7 +23,7 @@ from bench.contestants import CONTESTANTS, present_and_absent, reason_of
 from bench.goals import Row
 from bench.machine import ROOT, describe_run
 from bench.report import console, print_absent, progress_bar, write_results
-from bench.workloads import InputSet, Workload
+from bench.workloads import InputSet, Workload, dtypes_of
 
 MIB = 1 << 20
 STATUS = Path("/proc/self/status")
@@ -120,7 +120,7 @@ def main(
             except RuntimeError as error:
                 absent.append({"contestant": name, "reason": f"{rule} {kind}: {reason_of(error)}"})
                 continue
-            itemsize = {"float32": 4, "bfloat16": 2}[kind]
+            itemsize = dtypes_of(kind)[0].itemsize
             key: dict[str, Any] = {"workload": size.name, "dtype": kind, "optimizer": rule}
             key |= {"contestant": name, "clip": clip, "numel": size.numel}
             rows.append({**key, "param_bytes": itemsize * size.numel, "extra_bytes": extra})

@@ -96,12 +96,12 @@ def speed(data: dict[str, Any]) -> Figure:
     return figure
 
 
-def lines(axis: Any, rows: list[Row], x: str, scale: float = 1.0) -> None:
+def lines(axis: Any, rows: list[Row], x: str) -> None:
     """Median time over column `x`, with quartiles, a line for each contestant."""
     for kind in dict.fromkeys(row["contestant"] for row in rows):
         own = sorted((r for r in rows if r["contestant"] == kind), key=lambda r: r[x])
         colour, marker = STYLES.get(kind, OTHER)
-        xs = [row[x] * scale for row in own]
+        xs = [row[x] for row in own]
         medians = [row["median_s"] * 1e6 for row in own]
         axis.plot(xs, medians, color=colour, marker=marker, markersize=4, linewidth=1.2, label=kind)
         low, high = ([row[q] * 1e6 for row in own] for q in ("q1_s", "q3_s"))

@@ -23,13 +23,13 @@ from bench.goals import Row
 from bench.machine import ROOT, describe_run
 from bench.measure import paired_ratio, quartiles
 from bench.report import console, print_head, progress_bar, write_results
+from bench.workloads import DTYPES
 
 sys.path.append(str(ROOT / "examples"))  # as its modules find each other
 
 from gpt_data import load_corpus
 from gpt_model import SIZES
 
-DTYPES = ["float32", "bfloat16"]
 BATCH = 4
 
 

@@ -13,8 +13,6 @@ import torch
 
 from bench import models
 
-Shape = tuple[int, ...]
-
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 MIXED = "bfloat16-float32-state"  # bfloat16 params and grads with float32 moments
 
@@ -36,7 +34,7 @@ class Workload:
     """Shapes of the params, in order; `groups` param groups of (nearly) equal length."""
 
     name: str
-    shapes: tuple[Shape, ...]
+    shapes: tuple[models.Shape, ...]
     groups: int = 1
 
     @property

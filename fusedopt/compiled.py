@@ -17,6 +17,7 @@ from torch import Tensor
 from fusedopt import distributed
 from fusedopt.backends import Request
 from fusedopt.plan import Host
+from fusedopt.rule import Rule
 
 if TYPE_CHECKING:
     from fusedopt.optimizer import FusedOptimizer
@@ -78,6 +79,12 @@ def init_group(
     return True
 
 
+def _hyper_keys(rule: Rule) -> list[tuple[str, int]]:
+    """(key, how many numbers it is a tuple of; 0 for one that is a number) of `Rule.hyper`."""
+    parts = [key.partition("[") for key in rule.hyper]
+    return [(name, int(count[:-1]) if count else 0) for name, _, count in parts]
+
+
 @torch.compiler.disable
 def _outside_of_the_graph(optimizer: FusedOptimizer, request: Request) -> None:
     optimizer._run(request)
@@ -104,8 +111,7 @@ def step(optimizer: FusedOptimizer, request: Request) -> None:
         steps += lists[3]
         group_of += [g] * len(lists[0])
         maximize.append(bool(group["maximize"]))
-        for key in optimizer.rule.hyper:
-            name, _, count = key.partition("[")
+        for name, count in _hyper_keys(optimizer.rule):
             for value in group[name] if count else (group[name],):
                 if isinstance(value, Tensor):
                     hyper_tensors.append(value)
@@ -226,10 +232,8 @@ def step_(
     groups: list[dict[str, Any]] = []
     for flag in maximize:
         group: dict[str, Any] = {"params": [], "maximize": flag}
-        for key in rule.hyper:
-            name, _, count = key.partition("[")
-            many = int(count[:-1]) if count else 0
-            group[name] = tuple(next(values) for _ in range(many)) if many else next(values)
+        for name, count in _hyper_keys(rule):
+            group[name] = tuple(next(values) for _ in range(count)) if count else next(values)
         groups.append(group)
     names_of = [rule.state[: rule.states(group)] for group in groups]
     expected = sum(len(names_of[g]) for g in group_of)

@@ -28,10 +28,12 @@ def make_params(dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
     return [nn.Parameter(torch.randn(s, generator=generator).to(dtype)) for s in SHAPES]
 
 
-def set_grads(params: list[nn.Parameter], step: int) -> None:
-    generator = torch.Generator().manual_seed(100 + step)
-    for p in params:
-        p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
+def set_grads(step: int, *lists: list[nn.Parameter]) -> None:
+    """The same gradients for each list of params."""
+    for params in lists:
+        generator = torch.Generator().manual_seed(100 + step)
+        for p in params:
+            p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
 
 
 def groups_of(params: list[nn.Parameter]) -> list[dict[str, Any]]:
@@ -67,8 +69,7 @@ def test_one_graph_with_the_bits_of_eager_mode(case: str, dtype: torch.dtype) ->
     counter = CompileCounterWithBackend("aot_eager")
     step = torch.compile(compiled.step, backend=counter, fullgraph=True)
     for i in range(4):
-        set_grads(params, i)
-        set_grads(others, i)
+        set_grads(i, params, others)
         step()
         eager.step()
         assert_same(compiled, eager)
@@ -87,8 +88,7 @@ def test_inductor() -> None:
     addresses = [p.data_ptr() for p in params]
     step = torch.compile(compiled.step, fullgraph=True)
     for i in range(3):
-        set_grads(params, i)
-        set_grads(others, i)
+        set_grads(i, params, others)
         versions = [p._version for p in params]
         step()
         eager.step()
@@ -105,8 +105,7 @@ def test_a_tensor_lr_gives_one_graph() -> None:
     step = torch.compile(compiled.step, backend=counter, fullgraph=True)
     schedulers = [torch.optim.lr_scheduler.ExponentialLR(o, 0.5) for o in (compiled, eager)]
     for i in range(12):
-        set_grads(params, i)
-        set_grads(others, i)
+        set_grads(i, params, others)
         step()
         eager.step()
         for scheduler in schedulers:
@@ -120,8 +119,7 @@ def test_another_float_lr_is_used() -> None:
     compiled, eager = fusedopt.FusedAdamW(params), fusedopt.FusedAdamW(others)
     step = torch.compile(compiled.step, backend="aot_eager")
     for i in range(12):  # more often than Dynamo recompiles
-        set_grads(params, i)
-        set_grads(others, i)
+        set_grads(i, params, others)
         for optimizer in (compiled, eager):
             optimizer.param_groups[0]["lr"] = 1e-3 * (i + 1)
         step()
@@ -134,8 +132,7 @@ def test_gradients_that_come_and_go() -> None:
     compiled, eager = fusedopt.FusedAdamW(params), fusedopt.FusedAdamW(others)
     step = torch.compile(compiled.step, backend="aot_eager", fullgraph=True)
     for i, missing in enumerate([None, 1, 1, 0, None]):
-        set_grads(params, i)
-        set_grads(others, i)
+        set_grads(i, params, others)
         if missing is not None:
             params[missing].grad = others[missing].grad = None
         step()
@@ -149,8 +146,7 @@ def test_loaded_state_is_used() -> None:
     step = torch.compile(compiled.step, backend="aot_eager", fullgraph=True)
     saved = None
     for i in range(4):
-        set_grads(params, i)
-        set_grads(others, i)
+        set_grads(i, params, others)
         step()
         eager.step()
         if i == 1:
@@ -168,8 +164,7 @@ def test_first_touch_of_dampened_momentum() -> None:
     counter = CompileCounterWithBackend("aot_eager")
     step = torch.compile(compiled.step, backend=counter)
     for i in range(4):
-        set_grads(params, i)
-        set_grads(others, i)
+        set_grads(i, params, others)
         step()
         eager.step()
         assert_same(compiled, eager)
@@ -180,7 +175,7 @@ def test_skipped_steps() -> None:
     params = make_params()
     optimizer = fusedopt.FusedAdamW(params, skip_nonfinite=True)
     step = torch.compile(optimizer.step, backend="aot_eager", fullgraph=True)
-    set_grads(params, 0)
+    set_grads(0, params)
     step()
     before = copy.deepcopy(optimizer.state_dict())
     values = [p.detach().clone() for p in params]
@@ -229,7 +224,7 @@ def test_hooks_and_closures_run() -> None:
     optimizer.register_step_pre_hook(lambda *args: calls.append("pre"))
     optimizer.register_step_post_hook(lambda *args: calls.append("post"))
     step = torch.compile(optimizer.step, backend="aot_eager")
-    set_grads(params, 0)
+    set_grads(0, params)
     step()
     assert calls == ["pre", "post"]
 
@@ -288,7 +283,7 @@ def test_opcheck() -> None:
     from fusedopt.compiled import step_
 
     params = [p.detach() for p in make_params()]
-    set_grads(params, 0)  # type: ignore[arg-type]
+    set_grads(0, params)  # type: ignore[arg-type]
     optimizer = fusedopt.FusedAdamW(params)
     torch.library.opcheck(step_, (), op_arguments(optimizer))
 
@@ -307,7 +302,7 @@ def test_wrong_arguments_of_the_op(change: dict[str, Any], message: str) -> None
     from fusedopt.compiled import step_
 
     params = make_params()
-    set_grads(params, 0)
+    set_grads(0, params)
     optimizer = fusedopt.FusedAdamW(params)
     arguments = {**op_arguments(optimizer), **change}
     with torch.no_grad(), pytest.raises(ValueError, match=message):
