@@ -7,9 +7,9 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from bench.contestants import CONTESTANTS, HYPERPARAMETERS, STANDARD
+from bench.contestants import CONTESTANTS, HYPERPARAMETERS
 from bench.machine import RESULTS, ROOT
-from bench.workloads import DTYPES
+from bench.workloads import DTYPES, MIXED
 
 Names = list[str] | None  # None, not given, becomes all names in the callback of `choice`
 
@@ -31,11 +31,14 @@ def choice(option: str, names: Iterable[str], default: list[str] | None = None) 
 
 Quick = Annotated[
     bool,
-    typer.Option("--quick", help="Under a minute: fewer rounds, smaller tensors; not for figures."),
+    typer.Option(
+        "--quick", help="Within two minutes: fewer rounds, smaller tensors; not for figures."
+    ),
 ]
 Dtypes = Annotated[Names, choice("--dtype", DTYPES)]
+MixedDtypes = Annotated[Names, choice("--dtype", (*DTYPES, MIXED))]
 Optimizers = Annotated[Names, choice("--optimizer", HYPERPARAMETERS)]
-Contestants = Annotated[Names, choice("--contestant", CONTESTANTS, default=STANDARD)]
+Contestants = Annotated[Names, choice("--contestant", CONTESTANTS)]
 Repeats = Annotated[
     int | None, typer.Option(min=1, help="Timed rounds; each times every contestant once.")
 ]

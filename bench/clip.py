@@ -43,7 +43,7 @@ def clippers() -> dict[str, Callable[..., Any]]:
 def build_lanes(name: str, dtype: str, quick: bool) -> list[Lane]:
     """A lane for each function; all clip the same input sets in turn."""
     workload = step_workloads(quick)[name]
-    count = sets_to_defeat_cache(workload, "adamw", dtype, cache_bytes())
+    count = sets_to_defeat_cache(workload, "adamw", dtype, cache_bytes(), len(clippers()) + 1)
     sets = [InputSet(workload, dtype, seed) for seed in range(min(count, 2) if quick else count)]
     lanes = []
     for contestant, function in clippers().items():

@@ -5,6 +5,7 @@ is listed as absent with the reason. Adding one means adding a line to CONTESTAN
 """
 
 import importlib
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -33,6 +34,8 @@ class Contestant:
     clip_option: str | None = None
     devices: tuple[str, ...] = ("cpu", "cuda")
     compiled: bool = False  # the step under torch.compile, with a tensor lr: one graph
+    most_tensors: float = math.inf  # no part in workloads with more tensors,
+    most_elements: float = math.inf  # or more elements of all together
 
     def load(self, optimizer: str) -> type[torch.optim.Optimizer]:
         """The class for "adamw" or "sgd". Raises what the import raises."""
@@ -82,7 +85,13 @@ CONTESTANTS = {
         Contestant(
             "torch-for-loop", "torch.optim", TORCH_CLASSES, {"foreach": False, "fused": False}
         ),
-        Contestant("torch-compiled", "torch.optim", TORCH_CLASSES, compiled=True),
+        Contestant(
+            "torch-compiled",
+            "torch.optim",
+            TORCH_CLASSES,
+            compiled=True,
+            most_tensors=200,  # compiling takes 0.6 s a tensor on two cores
+        ),
         *(
             Contestant(
                 f"fusedopt-{backend}",
@@ -91,13 +100,21 @@ CONTESTANTS = {
                 {"backend": backend},
                 "max_grad_norm",
                 devices,
+                most_elements=limit,
             )
-            for backend, devices in (("reference", ("cpu", "cuda")), ("triton", ("cuda",)))
+            for backend, devices, limit in (
+                ("reference", ("cpu", "cuda"), 1 << 24),  # seconds a step: it is for checking
+                ("triton", ("cuda",), math.inf),
+            )
         ),
         Contestant("optimi", "optimi", TORCH_CLASSES),
         Contestant("torchao", "torchao.optim", {"adamw": "_AdamW"}),
         Contestant(
             "bitsandbytes", "bitsandbytes.optim", {"adamw": "AdamW32bit", "sgd": "SGD32bit"}
+        ),
+        # AdamW as long as no update of a tensor is larger than usual: then it takes a smaller step.
+        Contestant(
+            "pytorch-optimizer", "pytorch_optimizer", {"adamw": "StableAdamW"}, {"foreach": True}
         ),
         Contestant(
             "deepspeed-cpu", "deepspeed.ops.adam", {"adamw": "DeepSpeedCPUAdam"}, devices=("cpu",)
@@ -119,7 +136,6 @@ CONTESTANTS = {
         ),
     )
 }
-STANDARD = ["fusedopt", "torch-fused", "torch-foreach", "torch-for-loop"]  # always there
 SUBJECT = "fusedopt"
 BASELINE = "torch-fused"
 
@@ -211,22 +227,51 @@ def admit(
     """[(contestant, clip, step_error)], without clipping first, and {contestant, reason} of those
     that refuse to step: a run of minutes does not end in the middle because of one of them."""
     entries, refused = [], []
+    able = [contestant for contestant in contestants if optimizer in contestant.classes]
+    refused += [
+        {"contestant": contestant.name, "reason": f"has no {optimizer}"}
+        for contestant in contestants
+        if contestant not in able
+    ]
     for clip in (False, True):
-        for contestant in contestants:
-            if optimizer not in contestant.classes:
-                if not clip:
-                    reason = f"has no {optimizer}"
-                    refused.append({"contestant": contestant.name, "reason": reason})
-                continue
+        for contestant in list(able):
             try:
                 error = step_error(contestant, optimizer, dtype, clip, device)
             except Exception as failure:
-                case = f"{optimizer} {dtype} {'clip' if clip else 'step'}"
+                case = f"{optimizer} {dtype}{', clip' if clip else ''}"
                 reason = f"{case}: {reason_of(failure)}"
                 refused.append({"contestant": contestant.name, "reason": reason})
+                able.remove(contestant)
             else:
                 entries.append((contestant, clip, error))
     return entries, refused
+
+
+def eligible(
+    entries: list[tuple[Contestant, bool, float]], workload: Workload
+) -> tuple[list[tuple[Contestant, bool, float]], list[dict[str, str]]]:
+    """The entries that step this workload, and {contestant, reason} of the others."""
+    taken, left = [], []
+    for entry in entries:
+        contestant = entry[0]
+        if len(workload.shapes) > contestant.most_tensors:
+            reason = f"{workload.name}: has more than {contestant.most_tensors} tensors"
+        elif workload.numel > contestant.most_elements:
+            reason = f"{workload.name}: has more than {contestant.most_elements:,} elements"
+        else:
+            taken.append(entry)
+            continue
+        left.append({"contestant": contestant.name, "reason": reason})
+    return taken, left
+
+
+def without_compiled(
+    contestants: list[Contestant],
+) -> tuple[list[Contestant], list[dict[str, str]]]:
+    """Those for a quick run, and {contestant, reason} of the others."""
+    reason = "compiling takes longer than a quick run"
+    left = [{"contestant": c.name, "reason": reason} for c in contestants if c.compiled]
+    return [c for c in contestants if not c.compiled], left
 
 
 def reason_of(error: Exception) -> str:

@@ -22,7 +22,14 @@ import torch
 from rich.table import Table
 
 from bench import cli
-from bench.contestants import SUBJECT, Contestant, admit, present_and_absent
+from bench.contestants import (
+    SUBJECT,
+    Contestant,
+    admit,
+    eligible,
+    present_and_absent,
+    without_compiled,
+)
 from bench.goals import Row, evaluate
 from bench.machine import describe_run
 from bench.measure import Lane, Runner, interleave, paired_ratio
@@ -169,6 +176,9 @@ def main(
     path = cli.prepare("host-cpu", output, threads, quick)
     repeats, warmup = cli.rounds_of(quick, repeats, default=51)
     present, absent = present_and_absent(contestant, optimizer)
+    if quick:
+        present, left = without_compiled(present)
+        absent += left
     options = {"quick": quick, "repeats": repeats, "warmup_rounds": warmup, "workload": workload}
     options |= {
         "variant": variant,
@@ -183,10 +193,14 @@ def main(
         for dtype_name, optimizer_name in itertools.product(dtype, optimizer):
             entries, refused = admit(present, optimizer_name, dtype_name)
             absent += refused
-            lanes = [
-                build_lane(WORKLOADS[name], kind, optimizer_name, dtype_name, entry)
-                for kind, name, entry in itertools.product(variant, workload, entries)
-            ]
+            lanes = []
+            for kind, name in itertools.product(variant, workload):
+                taken, left = eligible(entries, WORKLOADS[name])
+                absent += left
+                lanes += [
+                    build_lane(WORKLOADS[name], kind, optimizer_name, dtype_name, entry)
+                    for entry in taken
+                ]
             label = f"{dtype_name} {optimizer_name}"
             rounds = progress.track(range(warmup + repeats), description=label)
             interleave(lanes, rounds, warmup=warmup, settle=SETTLE_SECONDS)

@@ -115,6 +115,19 @@ class InPlacePass:
         return Lane({"contestant": "in-place"}, [Runner(self.run)])
 
 
+def operators_of(step: Callable[[], Any]) -> int:
+    """Calls of torch's operators in one step, by torch.profiler, without those inside of others."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        step()
+    count = 0
+    for event in profile.events():
+        parent = event.cpu_parent
+        while parent is not None and parent.is_user_annotation:
+            parent = parent.cpu_parent
+        count += parent is None and not event.is_user_annotation
+    return count
+
+
 def quartiles(samples: Sequence[float]) -> tuple[float, float, float]:
     """(first quartile, median, third quartile), interpolated between the samples."""
     if len(samples) == 1:

@@ -60,6 +60,8 @@ def partner(lanes: Sequence[Lane], lane: Lane, same: Sequence[str], **other: Any
 
 def write_results(path: Path, results: dict[str, Any]) -> None:
     """Write JSON with one line for each row, so that a file of thousands of samples diffs well."""
+    if "absent" in results:
+        results = results | {"absent": unique(results["absent"])}
 
     def lines(value: Any) -> str:
         if isinstance(value, list) and value and isinstance(value[0], dict):
@@ -72,6 +74,11 @@ def write_results(path: Path, results: dict[str, Any]) -> None:
     json.loads(path.read_text())
 
 
+def unique(entries: Sequence[dict[str, str]]) -> list[dict[str, str]]:
+    """Each entry once, in order: a contestant is absent for one reason in several blocks."""
+    return [entry for i, entry in enumerate(entries) if entry not in entries[:i]]
+
+
 def print_head(run: dict[str, Any], absent: Sequence[dict[str, str]]) -> None:
     """Who is missing, and whether the machine was quiet; before minutes of measuring."""
     print_absent(absent)
@@ -82,7 +89,7 @@ def print_head(run: dict[str, Any], absent: Sequence[dict[str, str]]) -> None:
 
 def print_absent(absent: Sequence[dict[str, str]]) -> None:
     """Contestants that took no part, and why."""
-    for entry in absent:
+    for entry in unique(absent):
         console.print(f"absent: {entry['contestant']}: {entry['reason']}", markup=False)
 
 

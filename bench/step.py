@@ -18,10 +18,26 @@ import torch
 from rich.table import Table
 
 from bench import cli
-from bench.contestants import Contestant, admit, present_and_absent
+from bench.contestants import (
+    Contestant,
+    admit,
+    eligible,
+    present_and_absent,
+    widen_state,
+    without_compiled,
+)
 from bench.goals import Row, evaluate
 from bench.machine import available_bytes, cache_bytes, describe_run
-from bench.measure import FLOOR_BYTES, InPlacePass, Lane, Runner, interleave, quartiles
+from bench.measure import (
+    FLOOR_BYTES,
+    InPlacePass,
+    Lane,
+    Runner,
+    interleave,
+    nothing,
+    operators_of,
+    quartiles,
+)
 from bench.report import (
     console,
     mark,
@@ -87,24 +103,34 @@ def build_lanes(
     dtype: str,
     entries: list[tuple[Contestant, bool, float]],
     most_sets: int | None,
+    in_place: InPlacePass,
 ) -> list[Lane]:
     """A lane for each (contestant, clip, step_error); all step the same input sets in turn."""
-    count = sets_to_defeat_cache(workload, optimizer, dtype, cache_bytes())
+    turns = len(entries) + 1
+    count = sets_to_defeat_cache(workload, optimizer, dtype, cache_bytes(), turns)
     count = min(count, most_sets or count)
     sets = [InputSet(workload, dtype, seed) for seed in range(count)]
     shared: SharedState = {}
     lanes = []
     for entry in entries:
         contestant, clip, _ = entry
+        # A compiled step is a graph for each set: it has one; the pass drives that from the caches.
+        one_of_many = contestant.compiled and count > 1
         runners = []
-        for inputs in sets:
+        for inputs in sets[:1] if one_of_many else sets:
             instance, step = contestant.build(optimizer, inputs.param_groups(), clip)
             step()  # makes the state
             inputs.restore_grads()
+            widen_state(instance, dtype)
             share_state(instance, shared)
             # Also for those that do not write grads, so that all find the caches alike.
-            runners.append(Runner(step, after=inputs.restore_grads))
-        key = lane_key(workload, dtype, optimizer, entry) | {"input_sets": count}
+            before = in_place.run if one_of_many else nothing
+            runners.append(Runner(step, before, inputs.restore_grads))
+        if contestant.compiled:
+            runners[0].step()  # compiled again for the shared moments
+        key = lane_key(workload, dtype, optimizer, entry)
+        key |= {"input_sets": len(runners), "operators": operators_of(runners[0].step)}
+        runners[0].after()
         lanes.append(Lane(key, runners))
     return lanes
 
@@ -144,7 +170,8 @@ def measure(
 
 def print_rows(rows: list[Row], floors: list[dict[str, Any]]) -> None:
     """The table of all rows, a section for each workload, dtype and optimizer."""
-    columns = ("contestant", "clip", "median ms", "q1, q3", "GB/s", "of floor", "torch fused / it")
+    columns = ("contestant", "clip", "median ms", "q1, q3", "GB/s", "of floor", "torch fused / it",
+               "error", "operators")  # fmt: skip
     for floor in floors:
         block = ("workload", "dtype", "optimizer")
         members = [row for row in rows if all(row[column] == floor[column] for column in block)]
@@ -161,6 +188,8 @@ def print_rows(rows: list[Row], floors: list[dict[str, Any]]) -> None:
                 f"{row['gb_per_s']:.1f}",
                 f"{row['floor_fraction']:.0%}",
                 optional(row["ratio_vs_torch_fused"], "{:.2f}"),
+                f"{row['step_error']:.1f}",
+                str(row["operators"]),
             )
         console.print(table)
 
@@ -171,7 +200,7 @@ def main(
         cli.Names,
         cli.choice("--workload", [*SUITES, *ALL_WORKLOADS], default=list(step_workloads())),
     ] = None,
-    dtype: cli.Dtypes = None,
+    dtype: cli.MixedDtypes = None,
     optimizer: cli.Optimizers = None,
     contestant: cli.Contestants = None,
     repeats: cli.Repeats = None,
@@ -183,6 +212,9 @@ def main(
     repeats, warmup = cli.rounds_of(quick, repeats, default=21)
     workload = [name for given in workload for name in SUITES.get(given, [given])]
     present, absent = present_and_absent(contestant, optimizer)
+    if quick:
+        present, left = without_compiled(present)
+        absent += left
     options = {"quick": quick, "repeats": repeats, "warmup_rounds": warmup, "workload": workload}
     options |= {"dtype": dtype, "optimizer": optimizer, "contestant": contestant}
     run = describe_run(options)
@@ -202,9 +234,13 @@ def main(
                     reason = f"needs {needed / (1 << 30):.0f} GiB of memory in {dtype_name}"
                     skipped.append({"workload": name, "reason": reason})
                     continue
-                # A quick run is not for figures: two sets exercise the rotation.
-                most = 2 if quick else None
-                lanes = build_lanes(size, optimizer_name, dtype_name, entries, most)
+                # A quick run is not for figures, and shows no cold caches.
+                most = 1 if quick else None
+                taken, left = eligible(entries, size)
+                absent += left
+                if not taken:
+                    continue
+                lanes = build_lanes(size, optimizer_name, dtype_name, taken, most, in_place)
                 label = f"{name} {dtype_name} {optimizer_name}"
                 rounds = progress.track(range(warmup + repeats), description=label)
                 new_rows, floor = measure(lanes, in_place, rounds, warmup)

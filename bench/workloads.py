@@ -48,7 +48,7 @@ def step_workloads(quick: bool = False) -> dict[str, Workload]:
     fraction of the size."""
     if quick:
         shapes = {
-            "16x4096x1024": ((512, 512),) * 16,
+            "16x4096x1024": ((512, 512),) * 4,
             "1000x64x64": ((64, 64),) * 40,
             "gpt2-124m": models.gpt2(layers=2, width=64),
         }
@@ -168,11 +168,17 @@ class InputSet:
         return [{"params": self.params[a:b]} for a, b in pairwise(bounds)]
 
 
-def sets_to_defeat_cache(workload: Workload, optimizer: str, dtype: str, cache_bytes: int) -> int:
-    """How many input sets to rotate among so that all together are at least 6 caches in size.
+def sets_to_defeat_cache(
+    workload: Workload, optimizer: str, dtype: str, cache_bytes: int, turns: int
+) -> int:
+    """How many input sets to rotate among so that none is in the cache when its turn comes.
 
-    At most 4 GB in all; one set of a workload that is large enough by itself.
+    Enough to be 6 caches in size, or 2 * `turns`, where `turns` is that of a round: as the in-place
+    pass takes one turn in each round, it then lies between any two turns of a set. At most 4 GB in
+    all; one set of a workload that is large enough by itself.
     """
-    tensors = {"adamw": 4, "sgd": 3}[optimizer]  # param, grad, moments
-    set_bytes = workload.numel * tensors * DTYPES[dtype].itemsize
-    return max(1, min(math.ceil(6 * cache_bytes / set_bytes), int(4e9 // set_bytes)))
+    param, state = dtypes_of(dtype)
+    moments = {"adamw": 2, "sgd": 1}[optimizer]
+    set_bytes = workload.numel * (2 * param.itemsize + moments * state.itemsize)
+    enough = min(math.ceil(6 * cache_bytes / set_bytes), 2 * turns)
+    return max(1, min(enough, int(4e9 // set_bytes)))
