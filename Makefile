@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 CPP_FILES := $(shell find csrc tests/cuda_emulator bench -name '*.h' -o -name '*.cpp' -o -name '*.cu*')
 NATIVE_SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
 
-.PHONY: train test bench gpu-check lint format sanitize mutate clean
+.PHONY: train test bench peers gate gpu-check lint format sanitize mutate clean
 
 train: $(READY)
 	$(PY) examples/train_gpt.py --out runs/train_gpt
@@ -16,9 +16,22 @@ test: $(READY)
 	$(PY) -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder \
 	  --cov --cov-report=term --cov-fail-under=90
 
+# Figures of this machine, in bench/results and docs/figures; about half an hour on a quiet one.
 bench: $(READY)
 	$(PY) -m bench step
+	$(PY) -m bench clip
 	$(PY) -m bench host
+	$(PY) -m bench memory
+	$(PY) -m bench train
+	$(PY) -m bench plot
+
+# What other packages offer on a CPU, to be measured beside fusedopt.
+peers: $(READY)
+	$(PY) -m pip install -q -c constraints.txt bitsandbytes deepspeed pytorch_optimizer torch-optimi torchao
+
+# Ratios to torch's fused step, with a wide margin; alone on the machine.
+gate: $(READY)
+	$(PY) -m pytest -q -m timing tests/test_gate.py
 
 # Build, tests, compute-sanitizer and a short benchmark; for a machine with an NVIDIA GPU.
 gpu-check: $(READY)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from bench import clip, gpu_step, host, memory, plot, step, train
+from bench import clip, gpu_step, host, memory, plot, step, tables, train
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Benchmarks of fusedopt.")
 app.command("step")(step.main)
@@ -14,6 +14,7 @@ app.command("memory")(memory.main)
 app.command("train")(train.main)
 app.command("gpu")(gpu_step.main)
 app.command("plot")(plot.main)
+app.command("tables")(tables.main)
 
 if __name__ == "__main__":
     app(prog_name="python -m bench")

@@ -7,6 +7,7 @@ is listed as absent with the reason. Adding one means adding a line to CONTESTAN
 import importlib
 import math
 import re
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -57,7 +58,7 @@ class Contestant:
         if self.compiled:
             options["lr"] = torch.tensor(options["lr"])
         instance = self.load(optimizer)(groups, **options)
-        step = torch.compile(instance.step) if self.compiled else instance.step
+        step = compiled(instance.step) if self.compiled else instance.step
         if not clip or self.clip_option:
             return instance, step
         params = [param for group in groups for param in group["params"]]
@@ -67,6 +68,12 @@ class Contestant:
             step()
 
         return instance, clip_and_step
+
+
+def compiled(step: Callable[[], Any]) -> Callable[[], Any]:
+    """The step under torch.compile; an error where torch would go on without compiling it."""
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    return torch.compile(step)
 
 
 TORCH_CLASSES = {"adamw": "AdamW", "sgd": "SGD"}
@@ -275,6 +282,6 @@ def without_compiled(
 
 
 def reason_of(error: Exception) -> str:
-    """Type and message of an error in one line, without file paths: results are published."""
+    """Type and message of an error in one short line, without file paths: results are published."""
     message = re.sub(r"\(?(?:[A-Za-z]:)?[\\/][\w.\\/+-]+\)?", "", str(error))
-    return " ".join(f"{type(error).__name__}: {message}".split())
+    return textwrap.shorten(f"{type(error).__name__}: {message}", 200)

@@ -104,7 +104,7 @@ for module in hypothesis expecttest; do
 done
 workers=()
 has_module xdist && workers=(-n 8)
-part tests 120 env OMP_NUM_THREADS=2 "${pytest[@]}" tests -m "not slow" "${ignored[@]}" \
+part tests 120 env OMP_NUM_THREADS=2 "${pytest[@]}" tests -m "not slow and not timing" "${ignored[@]}" \
   ${workers[@]+"${workers[@]}"}
 
 exit "$failed"

@@ -25,6 +25,7 @@ from bench.contestants import (
     HYPERPARAMETERS,
     Contestant,
     admit,
+    eligible,
     present_and_absent,
     state_dtypes,
     widen_state,
@@ -64,7 +65,7 @@ BLOCKS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "10000x64": (("10000x64",), ("float32",)),
     "groups": (("1860-tiny-1-groups", "1860-tiny-465-groups"), ("float32",)),
 }
-CONTESTANTS = ("fusedopt", "torch-fused", "torch-foreach")
+QUICK_CONTESTANTS = ("fusedopt", "torch-fused")
 SAMPLE_SECONDS, QUICK_SAMPLE_SECONDS = 0.1, 0.02
 
 Block = tuple[str, str, str]  # a key of BLOCKS, dtype, optimizer
@@ -226,7 +227,7 @@ def main(
     quick: Annotated[
         bool,
         typer.Option(
-            "--quick", help="Under a minute: few rounds, without torch-foreach; not for figures."
+            "--quick", help="Under a minute: few rounds, torch fused alone; not for figures."
         ),
     ] = False,
     dry_run: Annotated[
@@ -235,7 +236,7 @@ def main(
     workload: Annotated[cli.Names, cli.choice("--workload", BLOCKS)] = None,
     dtype: Annotated[cli.Names, cli.choice("--dtype", (*DTYPES, MIXED))] = None,
     optimizer: Annotated[cli.Names, cli.choice("--optimizer", HYPERPARAMETERS)] = None,
-    contestant: Annotated[cli.Names, cli.choice("--contestant", CONTESTANTS)] = None,
+    contestant: cli.Contestants = None,
     repeats: cli.Repeats = None,
     output: cli.Output = None,
 ) -> None:
@@ -244,8 +245,8 @@ def main(
     assert dtype is not None
     assert optimizer is not None
     assert contestant is not None
-    if quick and contestant == list(CONTESTANTS):
-        contestant = ["fusedopt", "torch-fused"]
+    if quick:
+        contestant = [name for name in contestant if name in QUICK_CONTESTANTS] or contestant
     blocks = plan(workload, dtype, optimizer)
     if dry_run:
         print_plan(blocks, contestant)
@@ -256,7 +257,7 @@ def main(
         sys.exit(1)
     path = cli.prepare("step-gpu", output, None, quick)
     repeats, warmup = cli.rounds_of(quick, repeats, default=15)
-    present, absent = present_and_absent(contestant, optimizer)
+    present, absent = present_and_absent(contestant, optimizer, gpu.DEVICE)
     options = {"quick": quick, "repeats": repeats, "warmup_rounds": warmup, "workload": workload}
     options |= {"dtype": dtype, "optimizer": optimizer, "contestant": contestant}
     run = describe_run(options)
@@ -273,11 +274,11 @@ def main(
                 continue
             free = gpu.free_memory()
             sizes = [fitting(WORKLOADS[name], dtype_name, free) for name in BLOCKS[block][0]]
-            lanes = [
-                lane
-                for size in sizes
-                for lane in build_lanes(size, dtype_name, optimizer_name, entries, seconds)
-            ]
+            lanes = []
+            for size in sizes:
+                taken, left = eligible(entries, size)
+                absent += left
+                lanes += build_lanes(size, dtype_name, optimizer_name, taken, seconds)
             label = f"{block} {dtype_name} {optimizer_name}"
             rounds = progress.track(range(warmup + repeats), description=label)
             new_rows, floor = measure(lanes, copy, rounds, warmup)

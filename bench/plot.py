@@ -55,7 +55,7 @@ def subtitle(data: dict[str, Any]) -> str:
     place = (machine.get("gpu") or {}).get(
         "name"
     ) or f"{machine['cpu']}, {machine['threads']} threads"
-    return f"{place}; torch {versions['torch']}; AdamW float32; medians"
+    return f"{place}; torch {versions['torch']}; AdamW; medians"
 
 
 def usable(rows: list[Row], **where: Any) -> list[Row]:
@@ -111,34 +111,70 @@ def lines(axis: Any, rows: list[Row], x: str) -> None:
     axis.grid(alpha=0.3)
 
 
-def roofline(data: dict[str, Any]) -> Figure:
-    """Time of a step over its bytes, with the line of an in-place pass; one tensor."""
+def curves(
+    data: dict[str, Any], keep: Callable[[Row], bool], x: str, label: str, title: str
+) -> Figure:
+    """Time of a step over column `x`, of the rows that `keep` names, without and with clip."""
     figure, axes = plt.subplots(1, 2, sharey=True, figsize=(10, 4.2), layout="constrained")
     for axis, clip in zip(axes, (False, True), strict=True):
+        rows = usable(data["rows"], dtype="float32", optimizer="adamw", clip=clip)
+        lines(axis, [row for row in rows if keep(row)], x)
+        axis.set_xlabel(label)
+        axis.set_title(title + (", with clipping" if clip else ""))
+    axes[0].set_ylabel("microseconds a step")
+    return figure
+
+
+def roofline(data: dict[str, Any]) -> Figure:
+    """Time of a step over its bytes, with the line of an in-place pass; one tensor."""
+    for row in data["rows"]:
+        row["bytes"] = row["floor_bytes_per_param"] * row["numel"]
+    label = "bytes that the step has to move"
+    figure = curves(data, lambda row: row["tensors"] == 1, "bytes", label, "one tensor")
+    for axis, clip in zip(figure.axes, (False, True), strict=True):
         rows = usable(data["rows"], dtype="float32", optimizer="adamw", clip=clip, tensors=1)
-        for row in rows:
-            row["bytes"] = row["floor_bytes_per_param"] * row["numel"]
-        lines(axis, rows, "bytes")
         floors = sorted({(row["bytes"], row["floor_s"]) for row in rows if row["numel"] >= 1 << 22})
         axis.plot(*zip(*[(b, s * 1e6) for b, s in floors], strict=True), color="black",
                   linestyle="--", linewidth=1, label="in-place pass")  # fmt: skip
-        axis.set_xlabel("bytes that the step has to move")
-        axis.set_title("one tensor" + (", with clipping" if clip else ""))
-    axes[0].set_ylabel("microseconds a step")
-    axes[0].legend(fontsize=8)
+    figure.axes[0].legend(fontsize=8)
     return figure
 
 
 def tensors(data: dict[str, Any]) -> Figure:
     """Time of a step over the number of its tensors, of 1,024 elements each."""
-    figure, axes = plt.subplots(1, 2, sharey=True, figsize=(10, 4.2), layout="constrained")
-    for axis, clip in zip(axes, (False, True), strict=True):
-        rows = usable(data["rows"], dtype="float32", optimizer="adamw", clip=clip)
-        lines(axis, [r for r in rows if r["numel"] == r["tensors"] * 1024], "tensors")
-        axis.set_xlabel("tensors of 1,024 elements")
-        axis.set_title("step with clipping" if clip else "step")
-    axes[0].set_ylabel("microseconds a step")
-    axes[0].legend(fontsize=8)
+    label = "tensors of 1,024 elements"
+    figure = curves(data, lambda r: r["numel"] == r["tensors"] * 1024, "tensors", label, "step")
+    figure.axes[0].legend(fontsize=8)
+    return figure
+
+
+def peers(data: dict[str, Any]) -> Figure:
+    """Bars: milliseconds of a step with clip, each contestant; hatched where it is inexact."""
+    rows = [row for row in data["rows"] if row["optimizer"] == "adamw" and row["clip"]]
+    kinds = list(dict.fromkeys(row["dtype"] for row in rows))
+    names = list(dict.fromkeys(row["workload"] for row in rows))
+    figure, grid = plt.subplots(
+        len(kinds), len(names), squeeze=False, layout="constrained",
+        figsize=(5.2 * len(names), 0.6 + 2.9 * len(kinds)),
+    )  # fmt: skip
+    for axes, kind in zip(grid, kinds, strict=True):
+        for axis, name in zip(axes, names, strict=True):
+            own = [row for row in rows if (row["dtype"], row["workload"]) == (kind, name)]
+            own.sort(key=lambda row: row["median_s"])
+            bars = axis.barh(
+                [row["contestant"] for row in own],
+                [row["median_s"] * 1e3 for row in own],
+                color=[STYLES.get(row["contestant"], OTHER)[0] for row in own],
+                hatch=["" if row["step_error"] <= ERROR_LIMIT else "////" for row in own],
+                edgecolor="white",
+            )
+            axis.bar_label(bars, fmt="%.3g", padding=2, fontsize=8)
+            axis.set_xscale("log")
+            axis.margins(x=0.15)
+            axis.invert_yaxis()
+            axis.tick_params(labelsize=8)
+            axis.set_title(f"{name}, {kind}", fontsize=9)
+            axis.set_xlabel("milliseconds a step with clipping", fontsize=8)
     return figure
 
 
@@ -155,6 +191,7 @@ def groups(data: dict[str, Any]) -> Figure:
 
 PICTURES: dict[str, tuple[str, Callable[[dict[str, Any]], Figure]]] = {
     "speed": ("step-cpu-models.json", speed),
+    "peers": ("step-cpu-peers.json", peers),
     "roofline": ("step-cpu-sweep.json", roofline),
     "tensors": ("step-cpu-sweep.json", tensors),
     "groups": ("host-cpu.json", groups),

@@ -226,6 +226,7 @@ def main(
     with progress_bar() as progress:
         for dtype_name, optimizer_name in itertools.product(dtype, optimizer):
             entries, refused = admit(present, optimizer_name, dtype_name)
+            torch.compiler.reset()
             absent += refused
             for name in workload if entries else ():
                 size = {**ALL_WORKLOADS, **step_workloads(quick)}[name]
@@ -248,6 +249,7 @@ def main(
                 floors.append(floor)
                 del lanes  # its gigabytes, before the next workload takes its own
                 gc.collect()
+                torch.compiler.reset()  # a function has at most 8 graphs
     goals = evaluate(rows)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20)
     tables = {"absent": absent, "skipped": skipped, "floors": floors, "rows": rows, "goals": goals}

@@ -11,11 +11,63 @@ from bench import contestants, host, measure, step, workloads
 def test_input_sets_together_exceed_the_cache():
     large, medium, _ = workloads.step_workloads().values()
     cache = 36 << 20
-    assert workloads.sets_to_defeat_cache(large, "adamw", "float32", cache) == 1
-    count = workloads.sets_to_defeat_cache(medium, "sgd", "bfloat16", cache)
+    assert workloads.sets_to_defeat_cache(large, "adamw", "float32", cache, 99) == 1
+    count = workloads.sets_to_defeat_cache(medium, "sgd", "bfloat16", cache, 99)
     assert (count - 1) * medium.numel * 3 * 2 < 6 * cache <= count * medium.numel * 3 * 2
-    huge_cache = workloads.sets_to_defeat_cache(large, "adamw", "float32", 1 << 40)
+    huge_cache = workloads.sets_to_defeat_cache(large, "adamw", "float32", 1 << 40, 99)
     assert huge_cache * large.numel * 16 <= 4e9
+    mixed = workloads.sets_to_defeat_cache(medium, "adamw", workloads.MIXED, cache, 99)
+    assert (mixed - 1) * medium.numel * 12 < 6 * cache <= mixed * medium.numel * 12
+
+
+def test_the_in_place_pass_lies_between_two_turns_of_a_set():
+    """Then fewer sets than would fill the caches are enough."""
+    tiny = workloads.Workload("tiny", ((16,),))
+    calls = []
+    lanes = [measure.Lane({}, [measure.Runner(lambda: calls.append("pass"))])]
+    count = workloads.sets_to_defeat_cache(tiny, "adamw", "float32", 36 << 20, turns=5)
+    assert count == 10
+    for _ in range(4):
+        runners = [measure.Runner(lambda i=i: calls.append(i)) for i in range(count)]
+        lanes.append(measure.Lane({}, runners))
+    measure.interleave(lanes, range(40), warmup=0)
+    last = {}
+    for place, call in enumerate(calls):
+        if call in last:
+            assert "pass" in calls[last[call] : place]
+        if call != "pass":
+            last[call] = place
+    assert len(last) == count
+
+
+@pytest.mark.parametrize("clip", [False, True])
+def test_operators_of_a_step_do_not_grow_with_tensors_groups_and_dtypes(clip):
+    """The gate on dispatch: torch's for-loop calls some for each tensor, fusedopt none at all."""
+    counts = {}
+    for name in ("fusedopt", "torch-for-loop"):
+        for count, groups in ((3, 1), (60, 1), (60, 20)):
+            inputs = workloads.InputSet(
+                workloads.Workload("w", ((8,),) * count, groups), "float32", 0
+            )
+            contestant = contestants.CONTESTANTS[name]
+            _, run = contestant.build("adamw", inputs.param_groups(), clip)
+            run()
+            counts[name, count, groups] = measure.operators_of(run)
+    assert {n for (name, *_), n in counts.items() if name == "fusedopt"} == {0}
+    assert counts["torch-for-loop", 60, 1] > 19 * counts["torch-for-loop", 3, 1] - 60 > 0
+
+
+def test_operators_inside_of_others_are_not_counted():
+    x = torch.ones(4)
+
+    def two() -> None:
+        with torch.profiler.record_function("a range"):
+            torch.nn.functional.linear(x, x[None])
+            x.add_(1)
+
+    # linear calls others inside; indexing is one more, outside of it
+    assert measure.operators_of(two) == 3
+    assert measure.operators_of(lambda: None) == 0
 
 
 @pytest.mark.parametrize("dtype", workloads.DTYPES)
