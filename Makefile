@@ -61,14 +61,21 @@ $(VENV)/.deps: constraints.txt pyproject.toml
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install -q -c constraints.txt torch
 	$(PY) -m pip install -q -c constraints.txt triton
-	$(PY) -m pip install -q -c constraints.txt setuptools pybind11 wheel
+	$(PY) -m pip install -q -c constraints.txt ninja numpy setuptools pybind11 wheel
+	touch $@
+
+# While the extension is built, where make may do two things at once.
+$(VENV)/.tools: $(VENV)/.deps
 	$(PY) -m pip install -q -c constraints.txt build clang-format expecttest hypothesis matplotlib mypy \
-	  ninja numpy pre-commit pytest pytest-cov pytest-xdist rich ruff typer
+	  pre-commit pytest pytest-cov pytest-xdist rich ruff typer
 	$(PY) -m pip install -q -c constraints.txt accelerate keras lightning transformers
 	touch $@
 
-$(READY): $(VENV)/.deps $(NATIVE_SOURCES)
+$(VENV)/.native: $(VENV)/.deps $(NATIVE_SOURCES)
 	FUSEDOPT_REQUIRE_NATIVE=1 $(PY) -m pip install -q --no-build-isolation --no-deps -e .
+	touch $@
+
+$(READY): $(VENV)/.native $(VENV)/.tools
 	touch $@
 
 clean:

@@ -402,11 +402,12 @@ def test_pictures(tmp_path):
                 key |= {"tensors": count, "numel": numel, "groups": count, "variant": "steady"}
                 rows.append({**base, **key, **times, **ratio})
     head = {"machine": {"cpu": "a cpu", "threads": 2}, "versions": {"torch": "2"}, "rows": rows}
-    for name in ("step-cpu-sweep.json", "host-cpu.json"):
+    for name in ("step-cpu-sweep.json", "host-cpu.json", "step-cpu-peers.json"):
         (results / name).write_text(json.dumps(head))
     plot.main(results, out)
     assert sorted(path.name for path in out.iterdir()) == [
         "groups.png",
+        "peers.png",
         "roofline.png",
         "tensors.png",
     ]
