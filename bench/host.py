@@ -23,7 +23,6 @@ from rich.table import Table
 
 from bench import cli
 from bench.contestants import (
-    SUBJECT,
     Contestant,
     admit,
     eligible,
@@ -131,33 +130,26 @@ def rows_with_ratios(lanes: list[Lane]) -> list[Row]:
 
 
 def print_rows(rows: list[Row]) -> None:
-    """A table for each dtype and optimizer: microseconds a step, a column for each contestant."""
-    blocks: dict[tuple, dict[tuple, dict[str, Row]]] = {}
+    """A table for each dtype, optimizer and clip: microseconds a step, a line for each contestant,
+    a column for each variant and number of groups."""
+    blocks: dict[tuple, dict[str, dict[tuple, Row]]] = {}
     for row in rows:
-        line = (row["variant"], row["groups"], "yes" if row["clip"] else "no")
-        block = blocks.setdefault((row["dtype"], row["optimizer"]), {})
-        block.setdefault(line, {})[row["contestant"]] = row
-    for (dtype, optimizer), lines in blocks.items():
-        names = list(dict.fromkeys(name for cells in lines.values() for name in cells))
-        headings = [name.replace("-", " ", 1) for name in names]  # so that they wrap
-        table = Table(
-            "variant", "groups", "clip", *headings, "us/tensor", "cold", "speedup",
-            title=f"300 tiny tensors, {dtype} {optimizer}: us a step; last columns: {SUBJECT}",
-        )  # fmt: skip
-        for (variant, groups, clip), cells in lines.items():
+        block = blocks.setdefault((row["dtype"], row["optimizer"], row["clip"]), {})
+        block.setdefault(row["contestant"], {})[row["variant"], row["groups"]] = row
+    for (dtype, optimizer, clip), lines in blocks.items():
+        cases = list(dict.fromkeys(case for cells in lines.values() for case in cells))
+        heads = [f"{variant} {groups}" for variant, groups in cases]
+        name = f"{dtype} {optimizer}{', clip' if clip else ''}"
+        title = f"300 tiny tensors, {name}: us a step by variant and param groups"
+        table = Table("contestant", *heads, f"{heads[0]}, cold", "torch fused / it", title=title)
+        for kind, cells in lines.items():
             times = [
-                f"{cells[name]['median_s'] * 1e6:.0f}{mark(cells[name])}" if name in cells else "-"
-                for name in names
+                f"{cells[case]['median_s'] * 1e6:.0f}" if case in cells else "-" for case in cases
             ]
-            own = cells.get(SUBJECT)
-            figures = ["-"] * 3
-            if own is not None:
-                figures = [
-                    f"{own['per_tensor_s'] * 1e6:.2f}",
-                    f"{own['cold_median_s'] * 1e6:.0f}",
-                    optional(own["ratio_vs_torch_fused"], "{:.1f}"),
-                ]
-            table.add_row(variant, str(groups), clip, *times, *figures)
+            first = next(iter(cells.values()))
+            figures = [f"{first['cold_median_s'] * 1e6:.0f}"]
+            figures.append(optional(first["ratio_vs_torch_fused"], "{:.2f}"))
+            table.add_row(kind + mark(first), *times, *figures)
         console.print(table)
 
 
