@@ -35,6 +35,7 @@ class Contestant:
     clip_option: str | None = None
     devices: tuple[str, ...] = ("cpu", "cuda")
     compiled: bool = False  # the step under torch.compile, with a tensor lr: one graph
+    float32_state: bool = False  # holds its moments in float32, and leaves alone what has others
     most_tensors: float = math.inf  # no part in workloads with more tensors,
     most_elements: float = math.inf  # or more elements of all together
 
@@ -117,7 +118,10 @@ CONTESTANTS = {
         Contestant("optimi", "optimi", TORCH_CLASSES),
         Contestant("torchao", "torchao.optim", {"adamw": "_AdamW"}),
         Contestant(
-            "bitsandbytes", "bitsandbytes.optim", {"adamw": "AdamW32bit", "sgd": "SGD32bit"}
+            "bitsandbytes",
+            "bitsandbytes.optim",
+            {"adamw": "AdamW32bit", "sgd": "SGD32bit"},
+            float32_state=True,
         ),
         # AdamW as long as no update of a tensor is larger than usual: then it takes a smaller step.
         Contestant(
@@ -234,12 +238,16 @@ def admit(
     """[(contestant, clip, step_error)], without clipping first, and {contestant, reason} of those
     that refuse to step: a run of minutes does not end in the middle because of one of them."""
     entries, refused = [], []
-    able = [contestant for contestant in contestants if optimizer in contestant.classes]
-    refused += [
-        {"contestant": contestant.name, "reason": f"has no {optimizer}"}
-        for contestant in contestants
-        if contestant not in able
-    ]
+    able = []
+    for contestant in contestants:
+        if optimizer not in contestant.classes:
+            reason = f"has no {optimizer}"
+        elif contestant.float32_state and dtypes_of(dtype)[1] != torch.float32:
+            reason = f"{dtype}: its moments are float32"
+        else:
+            able.append(contestant)
+            continue
+        refused.append({"contestant": contestant.name, "reason": reason})
     for clip in (False, True):
         for contestant in list(able):
             try:
