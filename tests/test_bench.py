@@ -108,6 +108,20 @@ def test_a_contestant_that_refuses_to_step_is_listed_and_the_others_run():
     assert refused[0]["reason"].startswith("adamw float32: RuntimeError")
 
 
+def test_a_contestant_whose_moments_are_float32_is_not_given_others():
+    """bitsandbytes leaves params alone whose moments are bfloat16: it would be the fastest."""
+    fixed = contestants.Contestant(
+        "fixed", "torch.optim", {"adamw": "AdamW"}, {"fused": True}, float32_state=True
+    )
+    entries, refused = contestants.admit([fixed], "adamw", "bfloat16")
+    assert entries == []
+    assert refused == [{"contestant": "fixed", "reason": "bfloat16: its moments are float32"}]
+    entries, refused = contestants.admit([fixed], "adamw", "float32")
+    assert len(entries) == 2
+    assert refused == []
+    assert contestants.CONTESTANTS["bitsandbytes"].float32_state
+
+
 def test_a_contestant_is_listed_where_a_workload_is_too_large_for_it():
     compiled, reference = (
         contestants.CONTESTANTS[name] for name in ("torch-compiled", "fusedopt-reference")
