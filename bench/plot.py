@@ -169,12 +169,12 @@ def peers(data: dict[str, Any]) -> Figure:
                 edgecolor="white",
             )
             axis.bar_label(bars, fmt="%.3g", padding=2, fontsize=8)
-            axis.set_xscale("log")
             axis.margins(x=0.15)
             axis.invert_yaxis()
             axis.tick_params(labelsize=8)
             axis.set_title(f"{name}, {kind}", fontsize=9)
-            axis.set_xlabel("milliseconds a step with clipping", fontsize=8)
+            label = f"milliseconds a step with clipping (hatched: error over {ERROR_LIMIT:.0f} ULP)"
+            axis.set_xlabel(label, fontsize=8)
     return figure
 
 

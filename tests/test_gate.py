@@ -8,43 +8,57 @@ gate asks for a part of each, and runs alone. Times in seconds are for the bench
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
+from bench.contestants import CONTESTANTS, Contestant, admit
 from bench.goals import GOALS, Goal, Row
+from bench.host import SETTLE_SECONDS, build_lane, rows_with_ratios
+from bench.measure import InPlacePass, interleave
+from bench.step import build_lanes, measure
+from bench.workloads import host_workloads, step_workloads
 
 pytestmark = pytest.mark.timing
 
-ROOT = Path(__file__).resolve().parents[1]
 MARGIN = 0.7  # of a goal
 JUDGED = [goal for goal in GOALS if goal.figure != "median_s"]
+TIMED, WARMUP = 7, 2
+PAIR = [CONTESTANTS["fusedopt"], CONTESTANTS["torch-fused"]]
 
 
-def measured(command: str, folder: Path, *arguments: str) -> list[Row]:
-    """The rows of a run of fusedopt and torch fused."""
-    output = folder / f"{command}.json"
-    words = [sys.executable, "-m", "bench", command, "--output", str(output), *arguments]
-    for name in ("fusedopt", "torch-fused"):
-        words += ["--contestant", name]
-    subprocess.run(words, cwd=ROOT, check=True, capture_output=True, text=True)
-    return json.loads(output.read_text())["rows"]
+def admitted(optimizer: str, dtype: str) -> list[tuple[Contestant, bool, float]]:
+    entries, refused = admit(PAIR, optimizer, dtype)
+    assert refused == []
+    return entries
+
+
+def step_rows() -> list[Row]:
+    """The steps that the goals name."""
+    in_place, rows = InPlacePass(), []
+    cases = {(g.where["workload"], g.where["dtype"], g.where["optimizer"]) for g in JUDGED}
+    for workload, dtype, optimizer in sorted(cases):
+        if workload in step_workloads():
+            entries = admitted(optimizer, dtype)
+            size = step_workloads()[workload]
+            lanes = build_lanes(size, optimizer, dtype, entries, None, in_place)
+            rows += measure(lanes, in_place, range(WARMUP + TIMED), WARMUP)[0]
+    return rows
+
+
+def host_rows() -> list[Row]:
+    """300 tiny tensors in one group and in 300."""
+    entries = admitted("adamw", "float32")
+    lanes = [
+        build_lane(workload, "steady", "adamw", "float32", entry)
+        for workload in host_workloads().values()
+        for entry in entries
+    ]
+    interleave(lanes, range(WARMUP + TIMED), warmup=WARMUP, settle=SETTLE_SECONDS)
+    return rows_with_ratios(lanes)
 
 
 @pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
-    folder = tmp_path_factory.mktemp("gate")
-    large = ["--workload", "16x4096x1024", "--workload", "1000x64x64"]
-    dtypes = ["--dtype", "float32", "--dtype", "bfloat16"]
-    tiny = ["--workload", "300-tiny-1-groups", "--workload", "300-tiny-300-groups"]
-    tiny += ["--variant", "steady", "--dtype", "float32", "--optimizer", "adamw"]
-    return [
-        *measured("step", folder, *large, *dtypes, "--repeats", "7"),
-        *measured("host", folder, *tiny, "--repeats", "15"),
-    ]
+def rows() -> list[Row]:
+    return step_rows() + host_rows()
 
 
 @pytest.mark.parametrize("goal", JUDGED, ids=lambda goal: f"{goal.text} {goal.figure}")
