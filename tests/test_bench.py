@@ -271,9 +271,9 @@ def test_step_script(tmp_path):
         assert row["gb_per_s"] == pytest.approx(own * row["numel"] / row["median_s"] / 1e9)
         floor_seconds = least * row["numel"] / bandwidth
         assert row["floor_fraction"] == pytest.approx(floor_seconds / row["median_s"])
-        calls = {"fusedopt": 0, "torch-fused": 1}.get(row["contestant"])
+        calls = {"fusedopt": {0}, "torch-fused": {1, 2}}.get(row["contestant"])
         if calls is not None and not row["clip"]:
-            assert row["operators"] == calls
+            assert row["operators"] in calls
     assert results["goals"] == []  # quick sizes are not judged
     assert "1000x64x64 float32 adamw" in text
     assert "of floor" in text

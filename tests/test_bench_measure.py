@@ -54,7 +54,8 @@ def test_operators_of_a_step_do_not_grow_with_tensors_groups_and_dtypes(clip):
             run()
             counts[name, count, groups] = measure.operators_of(run)
     assert {n for (name, *_), n in counts.items() if name == "fusedopt"} == {0}
-    assert counts["torch-for-loop", 60, 1] > 19 * counts["torch-for-loop", 3, 1] - 60 > 0
+    grown = counts["torch-for-loop", 60, 1] - counts["torch-for-loop", 3, 1]
+    assert grown >= 9 * 57
 
 
 def test_operators_inside_of_others_are_not_counted():
@@ -137,7 +138,8 @@ def test_quartiles_and_paired_ratio():
 
 
 def test_all_contestants_step_the_same_tensors():
-    present, absent = contestants.present_and_absent(contestants.STANDARD, ["adamw"])
+    names = ["fusedopt", "torch-fused", "torch-foreach", "torch-for-loop"]
+    present, absent = contestants.present_and_absent(names, ["adamw"])
     assert absent == []
     inputs = workloads.InputSet(workloads.Workload("w", ((300, 7), (5,))), "float32", seed=0)
     shared = {}
