@@ -19,7 +19,7 @@ from collections.abc import Callable
 from typing import Annotated, Any
 
 import torch
-from rich.table import Table
+from rich.table import Column, Table
 
 from bench import cli
 from bench.contestants import (
@@ -140,8 +140,15 @@ def print_rows(rows: list[Row]) -> None:
         cases = list(dict.fromkeys(case for cells in lines.values() for case in cells))
         heads = [f"{variant} {groups}" for variant, groups in cases]
         name = f"{dtype} {optimizer}{', clip' if clip else ''}"
-        title = f"300 tiny tensors, {name}: us a step by variant and param groups"
-        table = Table("contestant", *heads, f"{heads[0]}, cold", "torch fused / it", title=title)
+        count = next(iter(next(iter(lines.values())).values()))["tensors"]
+        title = f"{count} tiny tensors, {name}: us a step by variant and param groups"
+        table = Table(
+            Column("contestant", no_wrap=True),
+            *heads,
+            f"{heads[0]}, cold",
+            "torch fused / it",
+            title=title,
+        )
         for kind, cells in lines.items():
             times = [
                 f"{cells[case]['median_s'] * 1e6:.0f}" if case in cells else "-" for case in cases
@@ -187,11 +194,11 @@ def main(
             absent += refused
             lanes = []
             for kind, name in itertools.product(variant, workload):
-                taken, left = eligible(entries, WORKLOADS[name])
+                size = host_workloads(quick)[name]
+                taken, left = eligible(entries, size)
                 absent += left
                 lanes += [
-                    build_lane(WORKLOADS[name], kind, optimizer_name, dtype_name, entry)
-                    for entry in taken
+                    build_lane(size, kind, optimizer_name, dtype_name, entry) for entry in taken
                 ]
             label = f"{dtype_name} {optimizer_name}"
             rounds = progress.track(range(warmup + repeats), description=label)

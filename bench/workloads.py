@@ -89,10 +89,14 @@ def sweep_workloads() -> dict[str, Workload]:
 SUITES = {"models": model_workloads(), "sweep": sweep_workloads()}
 
 
-def host_workloads() -> dict[str, Workload]:
-    """Workloads of `python -m bench host` by name: 300 tensors in 1, 10 and 300 groups."""
+def host_workloads(quick: bool = False) -> dict[str, Workload]:
+    """Workloads of `python -m bench host` by name: 300 tensors in 1, 10 and 300 groups; with
+    `quick` the same names with a tenth of the tensors, in at most so many groups."""
+    count = 30 if quick else 300
     names = {f"300-tiny-{groups}-groups": groups for groups in (1, 10, 300)}
-    return {name: Workload(name, ((16,),) * 300, groups) for name, groups in names.items()}
+    return {
+        name: Workload(name, ((16,),) * count, min(groups, count)) for name, groups in names.items()
+    }
 
 
 def gpu_workloads() -> dict[str, Workload]:
