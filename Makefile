@@ -16,14 +16,9 @@ test: $(READY)
 	$(PY) -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder \
 	  --cov --cov-report=term --cov-fail-under=90
 
-# Figures of this machine, in bench/results and docs/figures; about half an hour on a quiet one.
+# Figures of this machine, in bench/results and the documents; about an hour on a quiet one.
 bench: $(READY)
-	$(PY) -m bench step
-	$(PY) -m bench clip
-	$(PY) -m bench host
-	$(PY) -m bench memory
-	$(PY) -m bench train
-	$(PY) -m bench plot
+	bash bench/figures.sh $(PY)
 
 # What other packages offer on a CPU, to be measured beside fusedopt.
 peers: $(READY)

@@ -17,6 +17,7 @@ import sys
 from collections.abc import Iterable
 from typing import Annotated, Any
 
+import torch
 import typer
 from rich.table import Table
 
@@ -269,6 +270,7 @@ def main(
     with progress_bar() as progress:
         for block, dtype_name, optimizer_name in blocks:
             entries, refused = admit(present, optimizer_name, dtype_name, gpu.DEVICE)
+            torch.compiler.reset()  # a function has at most 8 graphs
             absent += refused
             if not entries:
                 continue
@@ -287,6 +289,7 @@ def main(
             floors.append({**where, **floor})
             del lanes  # its gigabytes, before the next block takes its own
             gc.collect()
+            torch.compiler.reset()
     run["machine"]["gpu"] = gpu.describe_gpu(copy)
     goals = evaluate(rows, GPU_GOALS)
     tables = {"absent": absent, "floors": floors, "rows": rows, "goals": goals}

@@ -1,5 +1,6 @@
 """bench/: input sets that defeat the caches, turns of lanes, statistics, the check of steps."""
 
+import functools
 import time
 
 import pytest
@@ -151,6 +152,33 @@ def test_all_contestants_step_the_same_tensors():
         before = {key: value.clone() for key, value in shared.items()}
         one_step()
         assert all(not torch.equal(before[key], shared[key]) for key in shared), contestant.name
+
+
+def test_a_compiled_step_has_one_input_set_and_finds_it_out_of_the_caches(monkeypatch):
+    monkeypatch.setattr(contestants, "compiled", lambda step: step)
+    names = ("torch-compiled", "torch-fused")
+    entries = [(contestants.CONTESTANTS[name], False, 0.0) for name in names]
+    in_place = measure.InPlacePass()
+    tiny = workloads.Workload("w", ((16,), (3,)))
+    compiled, fused = step.build_lanes(tiny, "adamw", "float32", entries, None, in_place)
+    assert (len(compiled.runners), len(fused.runners)) == (1, 2 * 3)
+    assert compiled.runners[0].before == in_place.run
+    assert fused.runners[0].before is measure.nothing
+
+
+def test_a_compiled_step_that_torch_would_run_uncompiled_is_an_error(monkeypatch):
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", False)
+    x, name = torch.ones(3), [""]
+    run = contestants.compiled(lambda: x + len(name[0]))
+
+    def run_with_20_strings() -> None:
+        for i in range(20):  # a graph for each, of which 8 are kept
+            name[0] = str(i)
+            run()
+
+    with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
+        run_with_20_strings()
 
 
 def test_variants_of_the_host_benchmark_change_what_they_say():
