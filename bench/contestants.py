@@ -213,13 +213,20 @@ def step_error(
 
 
 def present_and_absent(
-    names: list[str], optimizers: list[str], device: str = "cpu"
+    names: list[str], optimizers: list[str], device: str = "cpu", quick: bool = False
 ) -> tuple[list[Contestant], list[dict[str, str]]]:
-    """The named contestants whose classes can be imported, and {contestant, reason} of others."""
+    """The named contestants whose classes can be imported, and {contestant, reason} of others.
+
+    `quick` leaves out those whose steps are compiled first, which takes minutes.
+    """
     present, absent = [], []
     for contestant in (CONTESTANTS[name] for name in names):
         if device not in contestant.devices:
             absent.append({"contestant": contestant.name, "reason": f"does not run on a {device}"})
+            continue
+        if quick and contestant.compiled:
+            reason = "compiling takes longer than a quick run"
+            absent.append({"contestant": contestant.name, "reason": reason})
             continue
         try:
             for optimizer in optimizers:
@@ -278,15 +285,6 @@ def eligible(
             continue
         left.append({"contestant": contestant.name, "reason": reason})
     return taken, left
-
-
-def without_compiled(
-    contestants: list[Contestant],
-) -> tuple[list[Contestant], list[dict[str, str]]]:
-    """Those for a quick run, and {contestant, reason} of the others."""
-    reason = "compiling takes longer than a quick run"
-    left = [{"contestant": c.name, "reason": reason} for c in contestants if c.compiled]
-    return [c for c in contestants if not c.compiled], left
 
 
 def reason_of(error: Exception) -> str:

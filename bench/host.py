@@ -27,7 +27,6 @@ from bench.contestants import (
     admit,
     eligible,
     present_and_absent,
-    without_compiled,
 )
 from bench.goals import Row, evaluate
 from bench.machine import describe_run
@@ -174,10 +173,7 @@ def main(
     """Host time of one optimizer step on the CPU: fusedopt against torch.optim."""
     path = cli.prepare("host-cpu", output, threads, quick)
     repeats, warmup = cli.rounds_of(quick, repeats, default=51)
-    present, absent = present_and_absent(contestant, optimizer)
-    if quick:
-        present, left = without_compiled(present)
-        absent += left
+    present, absent = present_and_absent(contestant, optimizer, quick=quick)
     options = {"quick": quick, "repeats": repeats, "warmup_rounds": warmup, "workload": workload}
     options |= {
         "variant": variant,

@@ -20,7 +20,7 @@ import typer
 from rich.table import Table
 
 from bench import cli
-from bench.contestants import CONTESTANTS, present_and_absent, reason_of, without_compiled
+from bench.contestants import CONTESTANTS, present_and_absent, reason_of
 from bench.goals import Row
 from bench.machine import ROOT, describe_run
 from bench.report import console, print_absent, progress_bar, write_results
@@ -111,10 +111,8 @@ def main(
     if not Path("/proc/self/clear_refs").exists():
         raise typer.BadParameter("needs Linux, whose /proc tells the peak of a process's memory")
     path = cli.prepare("memory-cpu", output, None, quick)
-    present, absent = present_and_absent(contestant, optimizer)
+    present, absent = present_and_absent(contestant, optimizer, quick=quick)
     if quick:  # a process for each case takes its time
-        present, left = without_compiled(present)
-        absent += left
         dtype, optimizer = dtype[:1], optimizer[:1]
     run = describe_run({"quick": quick, "dtype": dtype, "optimizer": optimizer})
     size = workload(quick)

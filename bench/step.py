@@ -24,7 +24,6 @@ from bench.contestants import (
     eligible,
     present_and_absent,
     widen_state,
-    without_compiled,
 )
 from bench.goals import Row, evaluate
 from bench.machine import available_bytes, cache_bytes, describe_run
@@ -211,10 +210,7 @@ def main(
     path = cli.prepare("step-cpu", output, threads, quick)
     repeats, warmup = cli.rounds_of(quick, repeats, default=21)
     workload = [name for given in workload for name in SUITES.get(given, [given])]
-    present, absent = present_and_absent(contestant, optimizer)
-    if quick:
-        present, left = without_compiled(present)
-        absent += left
+    present, absent = present_and_absent(contestant, optimizer, quick=quick)
     options = {"quick": quick, "repeats": repeats, "warmup_rounds": warmup, "workload": workload}
     options |= {"dtype": dtype, "optimizer": optimizer, "contestant": contestant}
     run = describe_run(options)

@@ -122,6 +122,14 @@ def test_a_contestant_whose_moments_are_float32_is_not_given_others():
     assert contestants.CONTESTANTS["bitsandbytes"].float32_state
 
 
+def test_a_quick_run_compiles_nothing():
+    names = ["torch-compiled", "torch-fused"]
+    present, absent = contestants.present_and_absent(names, ["adamw"], quick=True)
+    assert [contestant.name for contestant in present] == ["torch-fused"]
+    assert [entry["contestant"] for entry in absent] == ["torch-compiled"]
+    assert len(contestants.present_and_absent(names, ["adamw"])[0]) == 2
+
+
 def test_a_contestant_is_listed_where_a_workload_is_too_large_for_it():
     compiled, reference = (
         contestants.CONTESTANTS[name] for name in ("torch-compiled", "fusedopt-reference")
@@ -134,9 +142,6 @@ def test_a_contestant_is_listed_where_a_workload_is_too_large_for_it():
         assert [entry[0] for entry in taken] == expected
         assert len(taken) + len(left) == 2
         assert all(entry["reason"].startswith("w: has more than") for entry in left)
-    present, left = contestants.without_compiled([compiled, reference])
-    assert present == [reference]
-    assert [entry["contestant"] for entry in left] == ["torch-compiled"]
 
 
 def test_reasons_hold_no_paths():
