@@ -72,7 +72,10 @@ class Contestant:
 
 
 def compiled(step: Callable[[], Any]) -> Callable[[], Any]:
-    """The step under torch.compile; an error where torch would go on without compiling it."""
+    """The step under torch.compile; an error where torch would go on without compiling it.
+
+    That setting of torch holds for the whole process from then on.
+    """
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     return torch.compile(step)
 

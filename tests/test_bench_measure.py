@@ -166,9 +166,9 @@ def test_a_compiled_step_has_one_input_set_and_finds_it_out_of_the_caches(monkey
     assert fused.runners[0].before is measure.nothing
 
 
+@torch._dynamo.config.patch(fail_on_recompile_limit_hit=False)  # compiled() sets it for good
 def test_a_compiled_step_that_torch_would_run_uncompiled_is_an_error(monkeypatch):
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
-    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", False)
     x, name = torch.ones(3), [""]
     run = contestants.compiled(lambda: x + len(name[0]))
 
