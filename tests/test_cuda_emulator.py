@@ -35,7 +35,8 @@ def run(site: Path, geometry: str, *arguments: str, measured: bool = False) -> s
 
 def test_all_parity_cases(emulated: Path) -> None:
     files = ["tests/test_numerics.py", "tests/test_layout.py", "tests/test_clip_amp.py"]
-    assert passed(run(emulated, "3x32", *files, "-k", "not 32_bits")) > 200
+    cases = "not 32_bits and not instruction_set and not peak_memory"  # too large; the CPU's alone
+    assert passed(run(emulated, "3x32", *files, "-k", cases)) > 200
 
 
 def test_life_and_checkpoints(emulated: Path) -> None:
