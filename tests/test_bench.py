@@ -399,6 +399,24 @@ def test_memory_sees_a_copy_of_the_params():
         memory.measured_apart("fusedopt", "lamb", "float32", True, True)
 
 
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="malloc_trim is glibc's")
+def test_memory_that_malloc_keeps_is_returned_before_a_step():
+    """A block of 8 MiB that is freed once makes glibc take the next from its heap, and keep it."""
+    code = """
+import torch
+from bench import memory
+for _ in range(2):
+    torch.ones(1 << 21)
+kept = memory.resident("VmRSS")
+memory.return_freed()
+print(kept - memory.resident("VmRSS"))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert int(done.stdout) > 7 * memory.MIB
+
+
 def test_pictures(tmp_path):
     """Each from the rows of a small run; one without its file is left out."""
     results, out = tmp_path / "results", tmp_path / "figures"
