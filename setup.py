@@ -53,7 +53,7 @@ def compile_flags() -> tuple[list[str], list[str]]:
     sanitizers = os.environ.get("FUSEDOPT_SANITIZE")
     if sanitizers:
         flags = [f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
-        compile_args += [*flags, "-g", "-O1"]
+        compile_args += [*flags, "-g1", "-O1"]
         link_args += flags
     return compile_args, link_args
 

@@ -89,10 +89,10 @@ else
   note SKIP 0 "benchmark: typer, rich or matplotlib is missing"
 fi
 
-# Files that take long, and those that say nothing about this machine: test_sass compiles for
-# named architectures. The others that need a module that is not here are skipped one by one.
+# Files that take long, and those that say nothing about this machine. The others that need a
+# module that is not here are skipped one by one.
 ignored=(--ignore=tests/test_gpu.py)
-for name in cuda_emulator package sass train_gpt bench bench_measure gpu_check triton; do
+for name in cuda_emulator package train_gpt bench bench_measure gpu_check triton; do
   ignored+=("--ignore=tests/test_$name.py")
 done
 for module in hypothesis expecttest; do

@@ -36,7 +36,7 @@ import sys
 from pathlib import Path
 sys.path.insert(0, ".")
 from tests.cuda_emulator.build import build
-sanitizers = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g")
+sanitizers = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g1")
 build(Path(sys.argv[1]), kernel_flags=sanitizers)
 PYTHON
 cd "$out/emulated"

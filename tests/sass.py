@@ -29,11 +29,13 @@ _INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]+)\*/\s+(@!?U?P\w+ )?\s*([A-Z][\w.]*
 _FUNCTION = re.compile(r"^\s+Function : (\S+)|^(?:\s*\.text\.|\s*)(\$\S+|\S+\$\S+):")
 
 
-def functions(cuobjdump: str | Path, cubin: Path) -> list[Function]:
-    """The functions of an object file or cubin, with their innermost loops."""
-    text = subprocess.run(
-        [str(cuobjdump), "-sass", str(cubin)], check=True, capture_output=True, text=True
-    ).stdout
+def functions(cuobjdump: str | Path, binary: str | Path, arch: str | None = None) -> list[Function]:
+    """The functions of a cubin, or those for `arch` ("90") of a library, with their innermost
+    loops."""
+    command = [str(cuobjdump), "-sass", str(binary)]
+    if arch is not None:
+        command += ["-arch", f"sm_{arch}"]
+    text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     found = []
     for part in re.split(r"\n\s+Function : ", text)[1:]:
         name, _, body = part.partition("\n")

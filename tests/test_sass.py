@@ -1,10 +1,10 @@
-"""What nvcc makes of the CUDA kernels: registers, spills, and the width of memory accesses in the
-hot loops, read from ptxas' report and from SASS. Needs nvcc, and cuobjdump from Triton's wheel."""
+"""What nvcc made of the CUDA kernels: registers, spills, and the width of memory accesses in the
+hot loops, read from the machine code in the extension that is installed. Needs cuobjdump, of a CUDA
+toolkit or of Triton's wheel."""
 
 from __future__ import annotations
 
 import importlib.util
-import os
 import re
 import shutil
 import subprocess
@@ -16,9 +16,8 @@ import pytest
 from fusedopt import _native
 from tests import sass
 
-ROOT = Path(__file__).parent.parent
-ASKED = os.environ.get("FUSEDOPT_CUDA_ARCHS", "").split()
-ARCHS = [arch for arch in ASKED if arch.isdigit()] or ["80", "90"]
+BUILT = _native._C.build_info()["cuda_archs"].split() if _native._C is not None else []
+ARCHS = [arch for arch in ("80", "90") if arch in BUILT]
 
 
 def cuobjdump() -> str | None:
@@ -30,29 +29,31 @@ def cuobjdump() -> str | None:
     return shutil.which("cuobjdump")
 
 
-pytestmark = pytest.mark.skipif(
-    shutil.which("nvcc") is None or cuobjdump() is None, reason="needs nvcc and cuobjdump"
-)
+pytestmark = [
+    pytest.mark.skipif(not ARCHS, reason="the extension has no kernels for sm_80 or sm_90"),
+    pytest.mark.skipif(cuobjdump() is None, reason="needs cuobjdump"),
+]
 
 
 class Compiled:
-    """The kernels compiled for one architecture."""
+    """The kernels for one architecture, as they lie in the extension."""
 
-    def __init__(self, arch: str, folder: Path) -> None:
-        cubin = folder / f"sm_{arch}.cubin"
-        command = ["nvcc", "-std=c++17", "-O3", "-fmad=false", f"-I{ROOT / 'csrc'}"]
-        command += ["-DFUSEDOPT_CUDA", '-DFUSEDOPT_CUDA_ARCHS="test"', f"-arch=sm_{arch}"]
-        command += ["-cubin", "-Xptxas=-v", str(ROOT / "csrc/cuda/launch.cu"), "-o", str(cubin)]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        self.registers = {
-            kernel: int(count)
-            for kernel, count in re.findall(
-                r"Compiling entry function '(\w+)'.*?Used (\d+) registers", done.stderr, re.S
-            )
-        }
+    def __init__(self, arch: str) -> None:
         tool = cuobjdump()
         assert tool is not None
-        self.loops = {f.name: f.vector_loops() for f in sass.functions(tool, cubin)}
+        assert _native._C is not None
+        extension = _native._C.__file__
+        usage = subprocess.run(
+            [tool, "-arch", f"sm_{arch}", "-res-usage", extension],
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout
+        self.registers = {
+            kernel: int(count)
+            for kernel, count in re.findall(r"Function (\w+):\s+REG:(\d+)", usage)
+        }
+        self.loops = {f.name: f.vector_loops() for f in sass.functions(tool, extension, arch)}
 
     def of(self, word: str) -> list[Counter[str]]:
         (name,) = [n for n in self.loops if word in n]
@@ -63,8 +64,8 @@ class Compiled:
 
 
 @pytest.fixture(scope="module", params=ARCHS)
-def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Compiled:
-    return Compiled(request.param, tmp_path_factory.mktemp("sass"))
+def compiled(request: pytest.FixtureRequest) -> Compiled:
+    return Compiled(request.param)
 
 
 def count(loop: Counter[str], *starts: str) -> int:

@@ -3,7 +3,8 @@
 - Its fma rounds twice, and its cast from float32 to bfloat16 truncates. (What a GPU does is seen in
   the compiled kernels: test_triton_compiled.py.)
 - It prepares triton.language anew for each call of a function inside a kernel, which takes longer
-  than most functions. Once for a module and launch is enough.
+  than most functions. Once for a module and launch is enough. It makes a table of all dtypes for
+  each operation, to look up one.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from triton.runtime import interpreter
 def install() -> None:
     cast = interpreter.InterpreterBuilder.cast_impl
     launch = interpreter.GridExecutor.__call__
+    look_up = interpreter._get_np_dtype
+    numpy_dtypes: dict[str, Any] = {}
     prepared: set[str] = set()
 
     def fma(self: Any, x: Any, y: Any, z: Any) -> Any:
@@ -44,7 +47,16 @@ def install() -> None:
             prepared.add(self.fn.__module__)
         return self.rewrite()(*args, **kwargs)
 
+    def numpy_dtype(kind: Any) -> Any:
+        element = kind.scalar
+        if element.is_ptr():
+            return look_up(element)
+        if element.name not in numpy_dtypes:
+            numpy_dtypes[element.name] = look_up(element)
+        return numpy_dtypes[element.name]
+
     interpreter.InterpreterBuilder.create_fma = fma
     interpreter.InterpreterBuilder.cast_impl = cast_rounded
     interpreter.GridExecutor.__call__ = launch_anew
     interpreter.InterpretedFunction.__call__ = call
+    interpreter._get_np_dtype = numpy_dtype
