@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import functools
 import json
+import multiprocessing
 import os
 import socket
 import tempfile
@@ -17,6 +18,11 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 Body = Callable[[int, int], None]
+
+# What ranks import for seconds each, imported once by the process that they are forked from.
+multiprocessing.set_forkserver_preload(
+    ["tests.ranks", "fusedopt", "torch.distributed.checkpoint", "torch.distributed.fsdp"]
+)
 
 
 def free_port() -> int:
@@ -49,7 +55,12 @@ def run(ranks: int, bodies: dict[str, Body]) -> dict[str, str]:
     """Runs each body(rank, ranks) on all ranks, one after the other. For each: "" or what went
     wrong on which rank; after a failure the others are not run."""
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_rank, (ranks, free_port(), folder, bodies), nprocs=ranks)
+        mp.start_processes(
+            _rank,
+            (ranks, free_port(), folder, bodies),
+            nprocs=ranks,
+            start_method="forkserver",
+        )
         found = [json.loads(Path(folder, f"{r}.json").read_text()) for r in range(ranks)]
     return {
         name: "\n".join(
