@@ -43,7 +43,9 @@ auto guarded(F f) {
 
 template <class Rule>
 RuleKeys describe_rule(RuleId id) {
-  RuleKeys info{id, {}, {}, Rule::kHasStep};
+  static_assert(std::size(Rule::kHyperNames) == std::size(Rule::kHyperRanges));
+  RuleKeys info{id, {}, {}, {}, Rule::kHasStep};
+  info.ranges.assign(std::begin(Rule::kHyperRanges), std::end(Rule::kHyperRanges));
   for (const char* name : Rule::kHyperNames) info.hyper.emplace_back(name);
   for (const char* name : Rule::kStateNames) info.state.emplace_back(name);
   return info;
@@ -281,6 +283,14 @@ std::string cuda_clip(host::CudaDriver& driver, const py::object& tensors, const
   });
 }
 
+// How many keys the param groups have in all.
+int64_t count_keys(const py::list& groups) {
+  int64_t keys = 0;
+  for (const py::handle group : groups)
+    if (PyDict_Check(group.ptr())) keys += PyDict_GET_SIZE(group.ptr());
+  return keys;
+}
+
 py::object describe(const py::object& tensor) {
   TensorView view;
   const TensorAccess& access = TensorAccess::instance();
@@ -444,6 +454,7 @@ PYBIND11_MODULE(_C, m) {
       py::arg("blocks"), py::arg("threads"));
   m.def("rules", &rules);
   m.def("build_info", &build_info);
+  m.def("count_keys", &count_keys, py::arg("param_groups"));
   m.def("describe", &describe, py::arg("tensor"));
   m.def("grad_pointer", &grad_pointer, py::arg("param"));
   m.def(

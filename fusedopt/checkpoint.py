@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fusedopt import options
 from fusedopt.plan import as_step, name_of
 
 if TYPE_CHECKING:
@@ -71,7 +72,13 @@ def _groups(optimizer: FusedOptimizer, state_dict: dict[str, Any]) -> list[dict[
                 "loaded state dict contains a parameter group "
                 "that doesn't match the size of optimizer's group"
             )
-        group = {sys.intern(key): deepcopy(value) for key, value in new.items() if key != "params"}
+        group = {
+            sys.intern(key): deepcopy(value)
+            for key, value in options.without(new).items()
+            if key != "params"
+        }
+        for name in options.DEFAULTS:
+            group[name] = old.get(name, optimizer.defaults[name])
         if "lr" not in group:
             raise ValueError(f"param_groups[{index}] of the loaded state dict has no lr")
         if "param_names" in old and "param_names" not in group:
@@ -80,13 +87,8 @@ def _groups(optimizer: FusedOptimizer, state_dict: dict[str, Any]) -> list[dict[
         for key, default in {**optimizer.defaults, **_OLDER}.items():
             if key in optimizer.defaults:
                 group.setdefault(key, default)
-        # A checkpoint of another implementation may carry its own flags: they have no effect here.
-        flags = {"foreach": None, "fused": None, "differentiable": False}
-        try:
-            optimizer.check_group({**group, **flags})
-        except (ValueError, TypeError) as error:
-            raise type(error)(f"param_groups[{index}] of the loaded state dict: {error}") from error
-        groups.append(group)
+        optimizer.check_values(group, f"param_groups[{index}] of the loaded state dict")
+        groups.append(optimizer._plain(group))
     return groups
 
 

@@ -52,13 +52,15 @@ def init_group(
     rule, host = optimizer.rule, Host(optimizer.rule)
     names = rule.state[: rule.states(group)]
     handle_of(optimizer)
+    request = optimizer._request()
+    optimizer.check_values(group, "a param group")
     for param in group["params"]:
         grad = param.grad
         if grad is None:
             continue
         if any(distributed.is_dtensor(t) or t.is_sparse for t in (param, grad)):
             return False
-        if optimizer.max_grad_norm is not None or optimizer.skip_nonfinite:
+        if request.needs_norm:
             optimizer._norm_buffer(param.device)
         optimizer._skipped_buffer(param.device)
         entry = optimizer.state[param] if names or rule.has_step else {}
@@ -86,11 +88,11 @@ def _hyper_keys(rule: Rule) -> list[tuple[str, int]]:
 
 
 @torch.compiler.disable
-def _outside_of_the_graph(optimizer: FusedOptimizer, request: Request) -> None:
-    optimizer._run(request)
+def _outside_of_the_graph(optimizer: FusedOptimizer) -> None:
+    optimizer._run(optimizer._request())
 
 
-def step(optimizer: FusedOptimizer, request: Request) -> None:
+def step(optimizer: FusedOptimizer) -> None:
     """The step as Dynamo traces it: the op, or a graph break and a step in eager mode."""
     params: list[Tensor] = []
     grads: list[Tensor] = []
@@ -101,7 +103,13 @@ def step(optimizer: FusedOptimizer, request: Request) -> None:
     hyper: list[float] = []
     hyper_tensors: list[Tensor] = []
     hyper_tensors_at: list[int] = []
-    served = request.process_group is None
+    options = optimizer.param_groups[0]
+    max_grad_norm, clip_grad_value = options["max_grad_norm"], options["clip_grad_value"]
+    skip_nonfinite = options["skip_nonfinite"]
+    # A tensor's value is not known here.
+    served = options["process_group"] is None and not (
+        isinstance(max_grad_norm, Tensor) or isinstance(clip_grad_value, Tensor)
+    )
     for g, group in enumerate(optimizer.param_groups):
         lists: tuple[list[Tensor], ...] = ([], [], [], [])
         served = optimizer._init_group(group, *lists) and served
@@ -120,7 +128,7 @@ def step(optimizer: FusedOptimizer, request: Request) -> None:
                 else:
                     hyper.append(float(value))
     if not served or not params:
-        _outside_of_the_graph(optimizer, request)
+        _outside_of_the_graph(optimizer)
         return
     with torch.no_grad():
         step_(
@@ -134,12 +142,12 @@ def step(optimizer: FusedOptimizer, request: Request) -> None:
             hyper,
             hyper_tensors,
             hyper_tensors_at,
-            request.max_grad_norm,
-            request.clip_grad_value,
-            request.skip_nonfinite,
-            request.grad_scale,
-            request.found_inf,
-            optimizer._norm_tensor if request.needs_norm else None,
+            max_grad_norm,
+            clip_grad_value,
+            skip_nonfinite,
+            getattr(optimizer, "grad_scale", None),
+            getattr(optimizer, "found_inf", None),
+            optimizer._norm_tensor if max_grad_norm is not None or skip_nonfinite else None,
             optimizer._skipped_tensor,
         )
 
@@ -156,6 +164,7 @@ class _Step:
         skipped_steps: Tensor,
     ) -> None:
         self.rule = optimizer.rule
+        self.check_values = optimizer.check_values
         self._drivers = optimizer._drivers
         self.param_groups = param_groups
         self.state = state

@@ -15,7 +15,7 @@ from torch.optim.optimizer import (
     _global_optimizer_pre_hooks,
 )
 
-from fusedopt import backends, checkpoint, checks
+from fusedopt import backends, checkpoint, checks, options
 from fusedopt.rule import Rule
 
 options_doc = """        maximize: maximize the objective.
@@ -23,7 +23,9 @@ options_doc = """        maximize: maximize the objective.
         differentiable: accepted for drop-in use; True raises RuntimeError.
         max_grad_norm: clip the gradients of all groups together to this L2 norm, as
             torch.nn.utils.clip_grad_norm_ before the step, but in registers: `.grad` is never
-            written. `inf` measures the norm without clipping.
+            written. `inf` measures the norm without clipping. This and the options below are those
+            of the whole optimizer: they stand in each param group, with one value in all of them,
+            and each is an attribute that reads and writes all groups.
         clip_grad_value: clamp each gradient element to +-this value; not with max_grad_norm.
         skip_nonfinite: where the total norm is NaN or infinite, the step changes no param, no state
             and no step count, and `skipped_steps` goes up by one.
@@ -34,7 +36,7 @@ options_doc = """        maximize: maximize the objective.
 """
 
 
-class FusedOptimizer(Optimizer):
+class FusedOptimizer(options.InGroups, Optimizer):
     """Base class: a subclass gives its `rule`, its constructor and `check_group`.
 
     One `step()` is one pass over the memory of all params, whatever their number, groups and
@@ -43,46 +45,83 @@ class FusedOptimizer(Optimizer):
 
     rule: ClassVar[Rule]
 
-    # Not part of a checkpoint or a copy: made anew where missing.
-    _backend_in_use: str | None = None  # which one served the last step
-    _norm_tensor: Tensor | None = None
-    _skipped_tensor: Tensor | None = None
-    _handle: int | None = None  # by which compiled graphs find this optimizer
-
     def __init__(
         self,
         params: ParamsT,
         defaults: dict[str, Any],
         *,
-        max_grad_norm: float | None,
-        clip_grad_value: float | None,
+        max_grad_norm: float | Tensor | None,
+        clip_grad_value: float | Tensor | None,
         skip_nonfinite: bool,
         process_group: Any,
         backend: str,
     ) -> None:
         self.check_group(defaults)
-        checks.clip_options(max_grad_norm, clip_grad_value)
-        if not isinstance(skip_nonfinite, bool):
-            raise TypeError(f"skip_nonfinite must be a bool, got {skip_nonfinite!r}")
-        self._candidates = backends.candidates(backends.check_name(backend))
-        self.max_grad_norm = max_grad_norm
-        self.clip_grad_value = clip_grad_value
-        self.skip_nonfinite = skip_nonfinite
-        self.process_group = process_group
-        self.backend = backend
+        keywords = {
+            "max_grad_norm": max_grad_norm,
+            "clip_grad_value": clip_grad_value,
+            "skip_nonfinite": skip_nonfinite,
+            "process_group": process_group,
+            "backend": backend,
+        }
+        options.check(keywords)
+        if not isinstance(params, Tensor):
+            given: list[Any] = list(params)  # an iterator is walked once
+            groups = [group for group in given if isinstance(group, dict)]
+            keywords = options.settle(keywords, groups)
+            options.check(keywords)
+            params = given
+        self._start(keywords)
+        super().__init__(params, {**self._plain(defaults), **keywords})
+
+    def _start(self, given: dict[str, Any]) -> None:
+        """Sets what is not part of a checkpoint or a copy. Attributes of the instance: a wrapper
+        that inherits from its class, and hands on what it lacks, must not find others."""
+        self._candidates = backends.candidates(backends.check_name(given["backend"]))
+        self._candidates_for = given["backend"]
+        self._checked_options = ()
+        self._checked_keys = 0
+        self._unknown_keys = set()
+        self._backend_in_use: str | None = None  # which one served the last step
+        self._norm_tensor: Tensor | None = None
+        self._skipped_tensor: Tensor | None = None
+        self._handle: int | None = None  # by which compiled graphs find this optimizer
         self._drivers: dict[Any, Any] = {}  # those of the native backends
-        super().__init__(params, defaults)
 
     @classmethod
     def check_group(cls, group: dict[str, Any]) -> None:
         """Raises for hyperparameters out of range (ValueError) or of a wrong type (TypeError)."""
         raise NotImplementedError
 
+    def check_values(self, group: dict[str, Any], where: str) -> None:
+        """Raises for hyperparameters that step() and load_state_dict() do not take: those that the
+        constructor refuses, but for a negative lr, which a scheduler may have set. Flags of other
+        implementations have no effect there. `where` names the group in the message."""
+        flags = {"foreach": None, "fused": None, "differentiable": False}
+        try:
+            checks.real("learning rate", group["lr"])
+            self.check_group({**group, **flags, "lr": 0.0})
+        except (ValueError, TypeError) as error:
+            raise type(error)(f"{where}: {error}") from error
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a param group, as torch.optim; its hyperparameters are checked first."""
+        """Adds a param group, as torch.optim; its hyperparameters are checked first.
+
+        Raises:
+            ValueError: an option of the whole optimizer with another value than the groups have.
+        """
         if isinstance(param_group, dict):
             self.check_group({**self.defaults, **param_group})
+            param_group.update(self._plain(param_group))
+            self._hand_on_options(param_group)
         super().add_param_group(param_group)
+        self._warn_of_unknown_keys(self.param_groups[-1:])
+        self._checked_keys += len(self.param_groups[-1])
+
+    def _plain(self, group: dict[str, Any]) -> dict[str, Any]:
+        """The group with hyperparameters of numpy and the like in Python's types."""
+        keys = (key.partition("[")[0] for key in self.rule.hyper)
+        return {**group, **{key: checks.plain(group[key]) for key in keys if key in group}}
 
     def step(self, *args: Any, **kwargs: Any) -> Any:
         """step(closure=None): performs one step.
@@ -104,7 +143,7 @@ class FusedOptimizer(Optimizer):
             or _global_optimizer_pre_hooks
             or _global_optimizer_post_hooks
             or (not torch.compiler.is_compiling() and torch.autograd._profiler_enabled())
-        ) and type(self).step is FusedOptimizer.step:  # torch wraps a subclass's own step()
+        ) and not self._hooked_by_torch():
             return self._hooked_step(*args, **kwargs)
         return self._step(*args, **kwargs)
 
@@ -112,25 +151,25 @@ class FusedOptimizer(Optimizer):
     # a profiler can see the difference.
     step.hooked = True  # type: ignore[attr-defined]  # torch leaves it as it is
 
+    def _hooked_by_torch(self) -> bool:
+        """Whether this call of step() comes from a subclass's own, which torch has wrapped where an
+        optimizer was constructed with it, and not where `__class__` was set."""
+        for cls in type(self).__mro__[: type(self).__mro__.index(FusedOptimizer)]:
+            if getattr(cls.__dict__.get("step"), "hooked", False):
+                return True
+        return False
+
     def _step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        request = backends.Request(
-            self.max_grad_norm,
-            self.clip_grad_value,
-            self.skip_nonfinite,
-            getattr(self, "grad_scale", None),
-            getattr(self, "found_inf", None),
-            self.process_group,
-        )
         if torch.compiler.is_compiling():
             from fusedopt import compiled  # 0.1 s that nobody else should wait for
 
-            compiled.step(self, request)
+            compiled.step(self)
         else:
-            self._run(request)
+            self._run(self._request())
         return loss
 
     def _run(self, request: backends.Request, tensors: Any = None) -> None:
@@ -180,6 +219,11 @@ class FusedOptimizer(Optimizer):
         return self._skipped_buffer() if self._skipped_tensor is None else self._skipped_tensor
 
     @property
+    def backend_in_use(self) -> str | None:
+        """The backend that served the last step; None before the first."""
+        return self._backend_in_use
+
+    @property
     def _step_supports_amp_scaling(self) -> bool:
         """Whether GradScaler hands the scale over instead of unscaling `.grad` itself: only where
         an option of our own needs it, because frameworks take it as "clips by itself"."""
@@ -204,8 +248,12 @@ class FusedOptimizer(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """As torch.optim, with each `step` as a float32 CPU tensor, which every implementation of
-        torch.optim takes."""
-        return checkpoint.with_steps_on_cpu(super().state_dict())
+        torch.optim takes, and without the options of the whole optimizer."""
+        packed = checkpoint.with_steps_on_cpu(super().state_dict())
+        placeholders = dict.fromkeys(options.DEFAULTS) if options.needed_in_state_dict() else {}
+        groups = packed["param_groups"]
+        groups[:] = [options.without(self._plain(group)) | placeholders for group in groups]
+        return packed
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state_dict of fusedopt or of torch.optim, of any implementation of it.
@@ -221,17 +269,21 @@ class FusedOptimizer(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()
-        for name in ("max_grad_norm", "clip_grad_value", "skip_nonfinite", "process_group"):
-            state[name] = getattr(self, name)
-        state["backend"] = self.backend
+        state["defaults"] = options.without(self.defaults)
+        state["param_groups"] = [options.without(group) for group in self.param_groups]
+        state["options"] = self._options()
         state["_norm_tensor"] = self._norm_tensor
         state["_skipped_tensor"] = self._skipped_tensor
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self.__dict__.setdefault("_drivers", {})
-        self._candidates = backends.candidates(backends.check_name(self.backend))
+        given = state.get("options")
+        super().__setstate__({key: value for key, value in state.items() if key != "options"})
+        if given is not None:  # a copy, which has had no constructor
+            tensors = self._norm_tensor, self._skipped_tensor
+            self._start(given)
+            self._norm_tensor, self._skipped_tensor = tensors
+            self.defaults.update(given)
         for group in self.param_groups:
             for name, default in self.defaults.items():
                 group.setdefault(name, default)

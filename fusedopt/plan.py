@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedopt import distributed
+from fusedopt import distributed, options
 from fusedopt._native import PLAIN_TYPES
 from fusedopt.rule import Rule
 
@@ -135,6 +135,8 @@ def collect(rule: Rule, param_groups: list[dict[str, Any]], state: dict[Tensor, 
     On an exception, no state has been added.
     """
     table, host = Table(), Host(rule)
+    for name in options.DEFAULTS:
+        options.agreed(param_groups, name, None)
     try:
         for g, group in enumerate(param_groups):
             for i, param in enumerate(group["params"]):

@@ -86,8 +86,8 @@ class FusedSGD(FusedOptimizer):
         foreach: bool | None = None,
         differentiable: bool = False,
         fused: bool | None = None,
-        max_grad_norm: float | None = None,
-        clip_grad_value: float | None = None,
+        max_grad_norm: float | Tensor | None = None,
+        clip_grad_value: float | Tensor | None = None,
         skip_nonfinite: bool = False,
         process_group: Any = None,
         backend: str = "auto",
@@ -121,7 +121,6 @@ class FusedSGD(FusedOptimizer):
         checks.non_negative("learning rate", group["lr"])
         checks.non_negative("momentum value", group["momentum"])
         checks.non_negative("weight_decay value", group["weight_decay"])
-        if not checks.is_number(group["dampening"]):
-            raise TypeError(f"Invalid dampening value: {group['dampening']!r}; expected a number")
+        checks.real("dampening value", group["dampening"])
         if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
             raise ValueError("Nesterov momentum requires a momentum and zero dampening")

@@ -58,7 +58,6 @@ BAD_STEPS: dict[str, Any] = {
 BAD_HYPERPARAMETERS: dict[str, dict[str, Any]] = {
     "lr string": {"lr": "0.1"},
     "lr None": {"lr": None},
-    "lr negative": {"lr": -0.1},
     "lr NaN": {"lr": float("nan")},
     "lr two elements": {"lr": torch.tensor([0.1, 0.2])},
     "lr complex": {"lr": torch.tensor(1j)},

@@ -20,7 +20,8 @@ Plan::Plan(const RuleKeys& keys, dlpack::DeviceType device, bool reads_device_lr
       device_(device),
       has_step_(keys.has_step),
       state_keys_(state_names(keys)),
-      group_reader_(keys.hyper, reads_device_lr ? std::optional(device) : std::nullopt),
+      group_reader_(keys.hyper, keys.ranges,
+                    reads_device_lr ? std::optional(device) : std::nullopt),
       state_reader_(state_names(keys)) {}
 
 std::string Plan::refresh(PyObject* param_groups, PyObject* state, PyObject* host) {

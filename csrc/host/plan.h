@@ -28,6 +28,7 @@ namespace fusedopt::host {
 struct RuleKeys {
   RuleId id;
   std::vector<std::string> hyper;  // "betas[2]" is a pair
+  std::vector<Range> ranges;       // of each
   std::vector<std::string> state;
   bool has_step;
 };

@@ -20,6 +20,8 @@ struct AdamW {
   static constexpr const char* kName = "adamw";
   static constexpr const char* kHyperNames[] = {
       "lr", "betas[2]", "eps", "weight_decay", "amsgrad", "decoupled_weight_decay"};
+  static constexpr Range kHyperRanges[] = {Range::kReal,        Range::kUnit,   Range::kNonNegative,
+                                           Range::kNonNegative, Range::kSwitch, Range::kSwitch};
   static constexpr const char* kStateNames[] = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq"};
   static constexpr bool kHasStep = true;
   static constexpr int kVariants = 4;  // amsgrad + 2 coupled

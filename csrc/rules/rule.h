@@ -10,6 +10,7 @@
 //     static constexpr const char* kHyperNames[];    // keys of the param group; "betas[2]": a pair
 //     static constexpr const char* kStateNames[];    // keys of the state, at most kMaxStates
 //     static constexpr bool kHasStep;                // whether the state has a step count
+//     static constexpr Range kHyperRanges[];         // what each of them may be
 //     struct Hyper { double lr, ...; };              // in the order of kHyperNames, lr first
 //     static constexpr int kVariants;                // loops that are compiled apart
 //     static int variant(const Hyper&);              // which one, from 0 to kVariants - 1
@@ -30,11 +31,15 @@
 #pragma once
 
 #include <cmath>
+#include <cstdint>
 
 #include "core/double_double.h"
 #include "core/dtype.h"
 
 namespace fusedopt {
+
+// What a hyperparameter may be: any number but NaN; >= 0; in [0, 1); a switch, where None is off.
+enum class Range : uint8_t { kReal, kNonNegative, kUnit, kSwitch };
 
 FUSEDOPT_FN float fma(float a, float b, float c) { return fmaf(a, b, c); }
 FUSEDOPT_FN double fma(double a, double b, double c) { return ::fma(a, b, c); }

@@ -15,6 +15,8 @@ struct Sgd {
   static constexpr const char* kName = "sgd";
   static constexpr const char* kHyperNames[] = {"lr", "momentum", "dampening", "weight_decay",
                                                 "nesterov"};
+  static constexpr Range kHyperRanges[] = {Range::kReal, Range::kNonNegative, Range::kReal,
+                                           Range::kNonNegative, Range::kSwitch};
   static constexpr const char* kStateNames[] = {"momentum_buffer"};
   static constexpr bool kHasStep = false;
   static constexpr int kVariants = 2;  // without and with momentum

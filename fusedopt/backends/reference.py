@@ -32,6 +32,8 @@ def unavailable() -> str:
 @torch.no_grad()
 def step(optimizer: FusedOptimizer, request: Request) -> str:
     rule = optimizer.rule
+    for index, group in enumerate(optimizer.param_groups):
+        optimizer.check_values(group, f"param_groups[{index}]")
     table = collect(rule, optimizer.param_groups, optimizer.state)
     scale = 1.0 if request.grad_scale is None else float(request.grad_scale)
     skipped = request.found_inf is not None and float(request.found_inf) != 0
