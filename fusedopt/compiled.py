@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fusedopt import distributed
 from fusedopt.backends import Request
-from fusedopt.plan import Host
+from fusedopt.plan import Host, is_sparse
 from fusedopt.rule import Rule
 
 if TYPE_CHECKING:
@@ -69,6 +69,8 @@ def init_group(
         for name in names:
             if entry.get(name) is None:
                 entry[name] = host.new_state(param, name)
+            elif is_sparse(entry[name]) and rule.sparse_error is None:
+                entry[name] = entry[name].detach().to_dense()  # Dynamo cannot guard the other
         if rule.has_step:
             if "step" not in entry:
                 entry["step"] = host.new_state(param, "step").to(param.device)

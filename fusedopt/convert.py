@@ -24,7 +24,7 @@ def convert_state_dict(state_dict: dict[str, Any]) -> dict[str, Any]:
         ValueError: moments in 8 bits or with scales, or a group without bias correction: no
             optimizer of fusedopt goes on from them.
     """
-    groups, state = [], {key: dict(entry) for key, entry in state_dict["state"].items()}
+    groups, state = [], dict(state_dict["state"])
     for index, saved in enumerate(state_dict["param_groups"]):
         group = dict(saved)
         step = group.pop("step", None)
@@ -32,7 +32,7 @@ def convert_state_dict(state_dict: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(f"param_groups[{index}] was trained with bias_correction=False")
         for key in group["params"]:
             entry = state.get(key)
-            if entry is not None:
+            if isinstance(entry, dict):
                 state[key] = _convert_entry(entry, step, f"state[{key!r}]")
         groups.append(group)
     return {**state_dict, "state": state, "param_groups": groups}

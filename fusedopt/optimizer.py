@@ -248,21 +248,19 @@ class FusedOptimizer(options.InGroups, Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """As torch.optim, with each `step` as a float32 CPU tensor, which every implementation of
-        torch.optim takes, and without the options of the whole optimizer."""
-        packed = checkpoint.with_steps_on_cpu(super().state_dict())
-        placeholders = dict.fromkeys(options.DEFAULTS) if options.needed_in_state_dict() else {}
-        groups = packed["param_groups"]
-        groups[:] = [options.without(self._plain(group)) | placeholders for group in groups]
-        return packed
+        torch.optim takes, and without the options of the whole optimizer. Post hooks see it so."""
+        return checkpoint.save(self)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state_dict of fusedopt or of torch.optim, of any implementation of it.
 
-        Every tensor keeps its saved dtype and goes to its param's device and layout. All is
-        checked before anything is changed.
+        Every state tensor goes to its param's device and layout, and into its param's dtype unless
+        the saved one is wider. State of another's making goes, as in torch.optim, to the param's
+        device and dtype. All is checked before anything is changed.
 
         Raises:
-            ValueError: groups, shapes, dtypes or values that do not fit.
+            ValueError: groups, shapes, dtypes or values that do not fit; a checkpoint of another
+                optimizer.
             TypeError: entries of a wrong type.
         """
         checkpoint.load(self, state_dict)

@@ -22,6 +22,16 @@ def name_of(group: int, index: int) -> str:
     return f'param_groups[{group}]["params"][{index}]'
 
 
+_SPARSE = {
+    *(torch.sparse_coo, torch.sparse_csr, torch.sparse_csc),
+    *(torch.sparse_bsr, torch.sparse_bsc),
+}
+
+
+def is_sparse(tensor: Tensor) -> bool:
+    return tensor.layout in _SPARSE
+
+
 def as_step(value: Any) -> Tensor:
     """A step count as a new 0-dim float32 CPU tensor, whatever the default dtype.
 
@@ -64,12 +74,21 @@ class Host:
         """Makes the step count of a param's state one that the native plan reads."""
         state["step"] = as_step(state["step"])
 
-    def resolve(self, tensor: Any, role: str, group: int, index: int, param: Any) -> Tensor | None:
+    def resolve(
+        self,
+        tensor: Any,
+        role: str,
+        group: int,
+        index: int,
+        param: Any,
+        entry: dict[str, Any] | None,
+    ) -> Tensor | None:
         """A plain strided real tensor with the memory (param, state) or the values (grad) of
-        `tensor`, on this rank; None where only the reference backend can serve.
+        `tensor`, on this rank; None where only the reference backend can serve. Sparse state is
+        made dense in `entry`, the state of the param.
 
         Raises:
-            RuntimeError: a sparse gradient that the rule does not take.
+            RuntimeError: a sparse gradient or state that the rule does not take.
             TypeError: what is no tensor.
         """
         if not isinstance(tensor, Tensor):
@@ -85,6 +104,12 @@ class Host:
             if self.rule.sparse_error is not None:
                 raise RuntimeError(self.rule.sparse_error)
             tensor = tensor.detach().to_dense()
+        elif is_sparse(tensor) and entry is not None and role in self.rule.state:
+            if self.rule.sparse_error is not None:
+                where = name_of(group, index)
+                raise RuntimeError(f"the {role} of {where} is sparse, expected a dense tensor")
+            # As torch.optim.SGD makes it of sparse gradients.
+            tensor = entry[role] = tensor.detach().to_dense()
         if type(tensor) not in PLAIN_TYPES or tensor.layout != torch.strided:
             return None
         tensor = tensor.detach()
@@ -164,7 +189,7 @@ def _row(
             f"{name_of(g, i)} must be a floating-point or complex tensor, got {param.dtype}"
         )
     if grad.is_sparse:
-        dense = host.resolve(grad, "grad", g, i, param)
+        dense = host.resolve(grad, "grad", g, i, param, None)
         assert dense is not None
         grad = dense
     names = rule.state[: rule.states(group)]
@@ -178,6 +203,8 @@ def _row(
         if entry.get(name) is None:
             table.set(entry, name, host.new_state(param, name))
             first = True
+        elif isinstance(entry[name], Tensor) and is_sparse(entry[name]):
+            host.resolve(entry[name], name, g, i, param, entry)
         if not isinstance(entry[name], Tensor) or entry[name].shape != param.shape:
             shape = tuple(getattr(entry[name], "shape", ()))
             raise ValueError(

@@ -55,6 +55,11 @@ def twin_of(subject: FusedOptimizer) -> FusedOptimizer:
     ]
     twin = type(subject)(groups, backend=subject.backend)
     twin.load_state_dict(deepcopy(subject.state_dict()))
+    # Loading widens state that is narrower than its param; here it is to stay as it is.
+    for p, q in zip(params_of(twin), params_of(subject), strict=True):
+        for key, value in subject.state.get(q, {}).items():
+            if isinstance(value, Tensor):
+                twin.state[p][key] = value.clone()
     return twin
 
 

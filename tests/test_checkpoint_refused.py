@@ -147,6 +147,8 @@ def test_the_good_checkpoint_is_loaded(cls: type[FusedOptimizer], backend: str) 
 
 @pytest.mark.parametrize("bad", BAD_TENSORS.values(), ids=BAD_TENSORS.keys())
 def test_bad_state_tensors(cls: type[FusedOptimizer], bad: Break) -> None:
+    if cls is FusedSGD and bad is BAD_TENSORS["sparse"]:
+        pytest.skip("torch.optim.SGD makes sparse buffers")
     optimizer, saved = used(cls)
     for key in [key for key in saved["state"][5] if key != "step"]:
         broken = deepcopy(saved)

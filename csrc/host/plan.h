@@ -40,10 +40,10 @@ class Plan {
 
   // One step: builds the table, and calls run(), which hands it to a driver and returns whether the
   // step was skipped. `host` is called for what is rare: new_state(param, key) for state that is
-  // missing; resolve(tensor, role, group, index, param) for a plain tensor in place of a complex,
-  // sparse or otherwise odd one, or None; normalise_step(state) to replace state["step"] by a 0-dim
-  // float32 CPU tensor. Returns "" or the reason why the native drivers cannot serve these tensors;
-  // on a reason or an exception nothing has changed.
+  // missing; resolve(tensor, role, group, index, param, entry) for a plain tensor in place of
+  // a complex, sparse or otherwise odd one, or None; normalise_step(state) to replace state["step"]
+  // by a 0-dim float32 CPU tensor. Returns "" or the reason why the native drivers cannot serve
+  // these tensors; on a reason or an exception nothing has changed.
   template <class Run>
   std::string step(PyObject* param_groups, PyObject* state, PyObject* host, Run run) {
     enter();
@@ -169,6 +169,7 @@ class Plan {
   PyObject* host_ = nullptr;
   PyObject* state_ = nullptr;
   PyObject* param_ = nullptr;
+  PyObject* entry_ = nullptr;  // its state dict at the begin of the step, or null
   size_t group_index_ = 0;
   size_t param_index_ = 0;
   std::string reason_;

@@ -173,13 +173,15 @@ void Plan::hold_grads() {
 
 Ref Plan::resolve(PyObject* tensor, int operand) {
   hold_grads();
-  return Ref::checked(PyObject_CallMethod(host_, "resolve", "OsnnO", tensor, role(operand).c_str(),
+  return Ref::checked(PyObject_CallMethod(host_, "resolve", "OsnnOO", tensor, role(operand).c_str(),
                                           static_cast<Py_ssize_t>(group_index_),
-                                          static_cast<Py_ssize_t>(param_index_), param_));
+                                          static_cast<Py_ssize_t>(param_index_), param_,
+                                          entry_ == nullptr ? Py_None : entry_));
 }
 
 bool Plan::add_row(Candidate* candidate) {
   param_ = candidate->param.get();
+  entry_ = candidate->entry.get();
   Row row{};
   row.group = static_cast<int32_t>(candidate->group);
   choose_variant(rule_, groups_[candidate->group].hyper, &row);
