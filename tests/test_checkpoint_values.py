@@ -27,6 +27,7 @@ from tests.helpers import (
     groups_of,
     make_params,
     params_of,
+    random_grads,
     run,
 )
 from tests.life import restored, through_a_file, used
@@ -204,6 +205,23 @@ def test_a_sparse_buffer_in_a_step_that_is_skipped(driver: str) -> None:
         subject.step()
         assert subject.skipped_steps.item() == 1
         run(subject, [2])
+    assert_same(contents(optimizer), contents(twin))
+
+
+def test_a_sparse_buffer_under_compile(backend: str) -> None:
+    optimizer, twin = build(FusedSGD, backend), build(FusedSGD, backend)
+    compiled = torch.compile(lambda: optimizer.step(), backend="eager")
+    for number in range(4):
+        for subject in (optimizer, twin):
+            for p, grad in zip(
+                params_of(subject), random_grads(params_of(subject), number), strict=True
+            ):
+                p.grad = grad
+        compiled()
+        twin.step()
+        if number < 3:
+            entry = optimizer.state[params_of(optimizer)[4]]
+            entry["momentum_buffer"] = entry["momentum_buffer"].to_sparse()
     assert_same(contents(optimizer), contents(twin))
 
 
