@@ -6,6 +6,7 @@ import functools
 import gc
 import inspect
 import weakref
+from copy import deepcopy
 from types import MethodType
 from typing import Any
 
@@ -77,7 +78,7 @@ def fuse(optimizer: Optimizer, **options: Any) -> FusedOptimizer:
         group.update({key: value for key, value in old.items() if key != "params"})
         group.update(given)
         if "lr" in given and "initial_lr" in group:  # where the next scheduler begins
-            group["initial_lr"] = given["lr"]
+            group["initial_lr"] = deepcopy(given["lr"])
         checks.drop_in_flags({"differentiable": group["differentiable"]})
         fused.check_values(group, f"param_groups[{index}]")
         group.update(fused._plain(group))
