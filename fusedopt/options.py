@@ -120,7 +120,7 @@ def _option(name: str, doc: str) -> Any:
     """An attribute that reads and writes an option of the whole optimizer in all groups."""
 
     def get(self: InGroups) -> Any:
-        return agreed(self.param_groups, name, self.defaults.get(name))
+        return self._option(name)
 
     def set_(self: InGroups, value: Any) -> None:
         self._set_option(name, value)
@@ -163,8 +163,14 @@ class InGroups:
         Raises:
             ValueError: groups that disagree.
         """
-        groups, defaults = self.param_groups, {**DEFAULTS, **self.defaults}
-        return {name: agreed(groups, name, defaults[name]) for name in DEFAULTS}
+        return {name: self._option(name) for name in DEFAULTS}
+
+    def _option(self, name: str) -> Any:
+        default = self.defaults.get(name, DEFAULTS[name])
+        value = agreed(self.param_groups, name, default)
+        # ZeroRedundancyOptimizer writes its own groups, which have none, over those of the
+        # optimizer in it, whose attribute was set.
+        return default if name == "process_group" and value is None else value
 
     def _hand_on_options(self, new_group: dict[str, Any]) -> None:
         """Gives a new group the options of the others, or on construction those of the defaults.
@@ -179,7 +185,7 @@ class InGroups:
             new_group.setdefault(name, value)
 
     def _set_option(self, name: str, value: Any) -> None:
-        others = {n: agreed(self.param_groups, n, DEFAULTS[n]) for n in DEFAULTS if n != name}
+        others = {other: self._option(other) for other in DEFAULTS if other != name}
         check({**others, name: value})
         if name == "backend":
             backends.candidates(backends.check_name(value))  # raises where it cannot serve
@@ -226,6 +232,8 @@ class InGroups:
                 self._candidates_for = values[-1]
             self._checked_options = values
         max_grad_norm, clip_grad_value, skip_nonfinite, process_group, _ = values
+        if process_group is None:  # see _option
+            process_group = self.defaults.get("process_group")
         if max_grad_norm.__class__ is not float and max_grad_norm is not None:
             max_grad_norm = checks.limit("max_grad_norm", max_grad_norm)
         if clip_grad_value.__class__ is not float and clip_grad_value is not None:
