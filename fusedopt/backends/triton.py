@@ -1,6 +1,6 @@
 """The Triton driver (triton_kernels/) for params on NVIDIA, AMD and Intel GPUs.
 
-triton is imported in the first step that it serves, not before. Under TRITON_INTERPRET=1 its
+triton is imported where there is such a device, when the first optimizer is made. Under TRITON_INTERPRET=1 its
 interpreter runs the kernels over CPU tensors, for tests.
 """
 
