@@ -3,7 +3,10 @@ tests/test_cuda_emulator.py and tests/test_triton.py run the same kernels' sourc
 
 from __future__ import annotations
 
+import json
+import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -112,6 +115,46 @@ def test_mixed_dtypes_agree(case: Case, grad: torch.dtype, backend: str) -> None
                     entry[name] = value.float()
         optimizer.step()
     assert_agree(backend, *map(tensors_of, optimizers))
+
+
+WIDE = [  # of param, gradient and state
+    (torch.float64, torch.float64, torch.float64),
+    (torch.float64, torch.float32, torch.float32),
+    (torch.float32, torch.float64, torch.float32),
+    (torch.bfloat16, torch.bfloat16, torch.float64),
+]
+
+
+@pytest.mark.parametrize("clip", [None, 0.5])
+@pytest.mark.parametrize("dtypes", WIDE, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_float64_operands_agree(
+    case: Case, dtypes: tuple[torch.dtype, ...], clip: float | None, backend: str
+) -> None:
+    param, grad, state = dtypes
+    params = make_params(SIZES, param, grad_dtype=grad)
+    moved = [torch.nn.Parameter(p.detach().cuda()) for p in params]
+    for p, m in zip(params, moved, strict=True):
+        assert p.grad is not None
+        m.grad_dtype = grad
+        m.grad = p.grad.cuda()
+    optimizers = [
+        case.fused(params, backend="cpu", max_grad_norm=clip, **case.options),
+        case.fused(moved, backend=backend, max_grad_norm=clip, **case.options),
+    ]
+    for optimizer in optimizers:
+        optimizer.step()
+        for entry in optimizer.state.values():
+            for name, value in entry.items():
+                if name != "step" and value is not None:
+                    entry[name] = value.to(state)
+        optimizer.step()
+    if clip is None:
+        assert_agree(backend, *map(tensors_of, optimizers))
+    else:  # the norm is summed in another order
+        for a, b in zip(*map(tensors_of, optimizers), strict=True):
+            eps = torch.finfo(a.dtype).eps
+            torch.testing.assert_close(b, a, rtol=8 * eps, atol=eps)
 
 
 @pytest.mark.parametrize("case", SHORT, ids=str)
@@ -286,6 +329,54 @@ def test_capture_of_a_first_step_is_refused(backend: str) -> None:
     ):
         optimizer.step()
     assert not optimizer.state
+
+
+def test_capture_of_a_kernel_that_is_not_loaded_is_refused() -> None:
+    if reason := backends.BACKENDS["triton"].unavailable():
+        pytest.skip(reason)
+    optimizer = adamw([300], "triton")
+    optimizer.step()
+    before = [p.detach().clone() for p in optimizer.param_groups[0]["params"]]
+    optimizer.max_grad_norm = 1.0
+    with (
+        pytest.raises(RuntimeError, match="run one step like it before"),
+        torch.cuda.graph(torch.cuda.CUDAGraph()),
+    ):
+        optimizer.step()
+    for p, old in zip(optimizer.param_groups[0]["params"], before, strict=True):
+        assert torch.equal(p, old)
+    optimizer.step()
+
+
+@pytest.fixture
+def untuned(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """The folder of a tuning that begins anew."""
+    if reason := backends.BACKENDS["triton"].unavailable():
+        pytest.skip(reason)
+    monkeypatch.setenv("FUSEDOPT_CACHE", str(tmp_path))
+    monkeypatch.delenv("FUSEDOPT_AUTOTUNE", raising=False)
+    return tmp_path
+
+
+@pytest.mark.parametrize("device", ["cuda:0", "cuda:1"])
+def test_tuning_measures_on_the_params_device(device: str, untuned: Path) -> None:
+    if torch.device(device).index >= torch.cuda.device_count():
+        pytest.skip("needs two GPUs")
+    torch.cuda.set_device(0)
+    states = torch.cuda.get_rng_state_all()
+    param = torch.nn.Parameter(torch.ones(1000, device=device))
+    param.grad = torch.ones_like(param)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # all candidates work
+        fusedopt.FusedAdamW([param], backend="triton").step()
+    (file,) = untuned.iterdir()
+    times = json.loads(file.read_text())["adamw"]["milliseconds"]
+    # 2^24 float32 of four operands and 28 bytes: no GPU moves them in 20 us.
+    assert len(times) == 4
+    assert all(time > 0.02 for time in times.values())
+    assert torch.cuda.current_device() == 0
+    for before, after in zip(states, torch.cuda.get_rng_state_all(), strict=True):
+        assert torch.equal(before, after)
 
 
 def test_capture_without_gradients_is_refused(backend: str) -> None:

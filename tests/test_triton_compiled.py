@@ -3,7 +3,6 @@ accesses in the loops over full blocks, registers, local memory, and the roundin
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import re
 import subprocess
@@ -14,23 +13,15 @@ from typing import Any
 
 import pytest
 
-from tests import sass
+from tests import sass, triton_compile
 from tests.test_sass import cuobjdump
+from tests.triton_compile import BF16, F16, F32, F64, STRIDED, kind
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None or cuobjdump() is None, reason="needs triton"
 )
-F32, F64, BF16, F16 = range(4)
-BYTES = (4, 8, 2, 2)
 ARCHS = [80, 90, 100]
 ELEMENTS = 8  # of a thread
-
-
-def kind(variant: int, *dtypes: int) -> int:
-    """Of rows with these dtypes of param, grad and states (csrc/host/triton_step.cpp)."""
-    codes = sum(dtype << (8 * i) for i, dtype in enumerate(dtypes))
-    return codes | variant << 40 | (len(dtypes) - 2) << 48
-
 
 # name: (rule, kind)
 KERNELS = {
@@ -43,34 +34,27 @@ KERNELS = {
     "sgd-momentum-float32": ("sgd", kind(1, F32, F32, F32)),
     "sgd-momentum-bfloat16": ("sgd", kind(1, BF16, BF16, BF16)),
 }
+# Those that do not keep to 128 registers.
+SPILLING = {
+    "adamw-float64": ("adamw", kind(0, F64, F64, F64, F64)),
+    "adamw-float64-grad": ("adamw", kind(0, F32, F64, F32, F32)),
+    "adam-l2-amsgrad-float64": ("adamw", kind(3, F64, F64, F64, F64, F64)),
+    "adamw-strided": ("adamw", kind(0, F32, F32, F32, F32) | STRIDED),
+}
 # All of them for Hopper, the usual ones for the others.
 COMPILED = [(name, 90) for name in KERNELS] + [
     (name, arch)
     for arch in (80, 100)
     for name in ("adamw-float32", "adamw-mixed", "adamw-bfloat16")
 ]
+BYTES = (4, 8, 2, 2)
 
 
-@functools.cache
-def compiled(name: str, arch: int, clip: bool) -> Any:
+def compiled(name: str, arch: int, clip: bool, config: Any = None) -> Any:
     """A whole step, with the norm and the barrier or without them."""
-    import triton
-    from fusedopt.triton_kernels.apply import step_kernel
-    from fusedopt.triton_kernels.launch import CHUNK, DEFAULT, compiler_options
-    from fusedopt.triton_kernels.rules import RULES
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    rule, code = KERNELS[name]
-    prepare, update = RULES[rule]
-    constants = {"PREPARE": prepare, "UPDATE": update, "KINDS": (code,), "CHUNK": CHUNK}
-    constants |= {"BLOCK": DEFAULT.block, "NORM": clip, "APPLY": True, "CLIP": clip}
-    constants["SKIP_NONFINITE"] = clip
-    names = step_kernel.arg_names
-    signature = {n: "constexpr" if n in constants else "i64" for n in names}
-    source = ASTSource(step_kernel, signature, {(names.index(n),): c for n, c in constants.items()})
-    options = compiler_options("cuda", DEFAULT, barrier=clip)
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    rule, code = (KERNELS | SPILLING)[name]
+    flags = triton_compile.GUARDED_STEP if clip else triton_compile.STEP
+    return triton_compile.compiled(rule, (code,), f"sm_{arch}", flags, config)
 
 
 def machine_code(kernel: Any) -> tuple[sass.Function, str]:
@@ -143,3 +127,73 @@ def test_the_barrier_is_one_of_the_whole_gpu() -> None:
         "ld",
         "atom",
     ]  # arrive, wait, end
+
+
+def full_blocks(name: str, arch: int, config: Any) -> list[Counter[str]]:
+    """Accesses of the update's loop over full blocks; empty where it has none of 128 bits."""
+    function, _ = machine_code(compiled(name, arch, False, config))
+    return [loop for loop in map(accesses, function.loops) if "ST 128" in loop]
+
+
+def test_candidates_of_16_bit_params_take_128_bits_an_access() -> None:
+    from fusedopt.triton_kernels.tune import CANDIDATES
+
+    for config in CANDIDATES[:3]:
+        (loop,) = full_blocks("adamw-bfloat16", 90, config)
+        assert set(loop) == {"LD 128", "ST 128"}
+
+
+@pytest.mark.xfail(
+    strict=True,
+    raises=AssertionError,
+    reason="the candidate of blocks of 1,024 elements and 8 warps has 4 elements a thread: 64 bits "
+    "an access of 16-bit operands",
+)
+def test_all_candidates_of_16_bit_params_take_128_bits_an_access() -> None:
+    from fusedopt.triton_kernels.tune import CANDIDATES
+
+    widths = {c: full_blocks("adamw-bfloat16", 90, c) for c in CANDIDATES}
+    assert all(widths.values()), widths
+
+
+@pytest.mark.xfail(
+    strict=True,
+    raises=AssertionError,
+    reason="a warp of AMD has 64 threads, so that 8 of them leave 4 elements of a block of 2,048 "
+    "to a thread: 8 bytes an access of 16-bit operands",
+)
+@pytest.mark.parametrize("name", ["adamw-bfloat16", "sgd-momentum-bfloat16"])
+def test_16_bit_params_take_128_bits_an_access_on_amd(name: str) -> None:
+    rule, code = KERNELS[name]
+    kernel = triton_compile.compiled(rule, (code,), "gfx942", triton_compile.STEP)
+    written = 1 + ((code >> 48) & 0xFF)  # param and states
+    stores = Counter(re.findall(r"global_store_\w+", kernel.asm["amdgcn"]))
+    assert stores["global_store_dwordx4"] >= written, stores
+
+
+def spilled(name: str, arch: int, clip: bool) -> int:
+    """Bytes of local memory a thread."""
+    _, report = machine_code(compiled(name, arch, clip))
+    return sum(map(int, re.findall(r"(?:STACK|LOCAL):(\d+)", report)))
+
+
+@pytest.mark.xfail(
+    strict=True,
+    raises=AssertionError,
+    reason="128 registers are too few for AdamW's float64 maths and for the offsets of strided "
+    "rows: 8 to 250 bytes of a thread are spilled",
+)
+@pytest.mark.parametrize("clip", [False, True], ids=["plain", "clip"])
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("name", SPILLING)
+def test_no_kernel_spills(name: str, arch: int, clip: bool) -> None:
+    assert spilled(name, arch, clip) == 0
+
+
+@pytest.mark.xfail(
+    strict=True,
+    raises=AssertionError,
+    reason="8 bytes are spilled where AMSGrad's third state of 16 bits meets the norm",
+)
+def test_amsgrad_with_a_norm_does_not_spill_on_ampere() -> None:
+    assert spilled("adamw-amsgrad-float16", 80, True) == 0

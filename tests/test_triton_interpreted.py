@@ -141,3 +141,72 @@ def test_the_measured_run_steps_with_every_candidate(
     candidates = tuple(tune.Config(block, 4) for block in (256, 512))
     measured = triton._measure(cls.rule, torch.device("cpu"), candidates)
     assert measured == dict(zip(candidates, (0.0, 1.0), strict=True))
+
+
+def test_a_candidate_that_cannot_be_compiled_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fusedopt.triton_kernels import tune
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None: ...
+        def record(self) -> None: ...
+        def synchronize(self) -> None: ...
+        def elapsed_time(self, end: Event) -> float:
+            return 10.0
+
+    monkeypatch.setattr(torch.cpu, "Event", Event, raising=False)
+    monkeypatch.setattr(triton, "_TUNING_ELEMENTS", 1000)
+    works, fails = tune.Config(256, 4), tune.Config(300, 4)  # not a power of 2
+    rule = fusedopt.FusedAdamW.rule
+    with pytest.warns(UserWarning, match="block=300, warps=4.* which fails: .*power of 2"):
+        assert triton._measure(rule, torch.device("cpu"), (fails, works)) == {works: 2.0}
+    with (
+        pytest.warns(UserWarning, match="which fails"),
+        pytest.raises(RuntimeError, match="none of the configurations works"),
+    ):
+        triton._measure(rule, torch.device("cpu"), (fails,))
+
+
+@pytest.mark.parametrize("default", [torch.float32, torch.float64], ids=str)
+def test_measuring_leaves_random_numbers_alone(
+    default: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fusedopt.triton_kernels import tune
+
+    used: list[int] = []
+
+    def times(steps: dict[Any, Any], device: torch.device) -> dict[Any, float]:
+        for step in steps.values():
+            step()
+        return dict.fromkeys(steps, 1.0)
+
+    monkeypatch.setattr(tune, "median_times", times)
+    monkeypatch.setattr(triton, "_TUNING_ELEMENTS", 1000)
+    launch = triton.TritonHost.launch
+
+    def recorded(self: Any, *arguments: Any) -> bool:
+        used.extend(arguments[6])
+        return launch(self, *arguments)
+
+    monkeypatch.setattr(triton.TritonHost, "launch", recorded)
+    before, dtype = torch.get_rng_state(), torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        triton._measure(fusedopt.FusedSGD.rule, torch.device("cpu"), (tune.Config(256, 4),))
+    finally:
+        torch.set_default_dtype(dtype)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert {kind & 0xFFFF for kind in used} == {0}  # param and gradient in float32
+
+
+@pytest.mark.xfail(
+    strict=True,
+    raises=AssertionError,
+    reason="whether the state is new is part of the table that is compared, so that the second "
+    "step uploads it again: a graph can be captured after two steps, not after one",
+)
+def test_the_second_step_uploads_nothing() -> None:
+    optimizer = fusedopt.FusedAdamW(make_params([100] * 20, torch.float32), backend="triton")
+    optimizer.step()
+    uploads = driver_of(optimizer).plan.uploads
+    optimizer.step()
+    assert driver_of(optimizer).plan.uploads == uploads

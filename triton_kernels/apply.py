@@ -52,7 +52,8 @@ from fusedopt.triton_kernels.table import (
 def _load(pointer, mask, T: tl.constexpr, MASKED: tl.constexpr):
     if MASKED:
         return tl.load(pointer, mask=mask, other=0.0).to(T)
-    return tl.load(pointer).to(T)
+    else:  # noqa: RET505  what follows a return is compiled, too
+        return tl.load(pointer).to(T)
 
 
 @triton.jit
@@ -71,7 +72,8 @@ def _round_to_odd(x):
 def _narrowed(value, DTYPE: tl.constexpr):
     if value.dtype == tl.float64 and DTYPE.primitive_bitwidth == 16:
         return _round_to_odd(value).to(DTYPE)
-    return value.to(DTYPE)
+    else:  # noqa: RET505  what follows a return is compiled, too
+        return value.to(DTYPE)
 
 
 @triton.jit
@@ -299,7 +301,26 @@ def _advance_steps(rows, row_count, BLOCK: tl.constexpr):
         tl.store(counter, tl.load(counter, there, 0.0) + 1, there)
 
 
-@triton.jit
+# A kernel that was compiled once serves every table. By default Triton would compile it for what
+# the arguments of its first launch happen to be, multiples of 16 or 1.
+@triton.jit(
+    do_not_specialize=[
+        "rows",
+        "layouts",
+        "chunks",
+        "words",
+        "row_count",
+        "chunk_count",
+        "workspace",
+        "grad_scale",
+        "found_inf",
+        "squared_norm",
+        "grad_norm",
+        "skipped_steps",
+        "max_norm",
+        "clip_value",
+    ]
+)
 def step_kernel(
     rows: tl.int64,
     layouts: tl.int64,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,7 +52,8 @@ class Table:
 
 @dataclass(frozen=True)
 class Scalars:
-    """Addresses on the device, 0 for none, and the limits."""
+    """Addresses on the device, 0 for none, and the limits. Addresses may be 2^63 and more, here
+    and in a table: Intel's are."""
 
     grad_scale: int = 0
     found_inf: int = 0
@@ -77,6 +79,22 @@ def compiler_options(backend: str, config: Config, barrier: bool) -> dict[str, A
     if barrier:
         options["launch_cooperative_grid"] = True
     return options
+
+
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Makes it the current device: kernels, streams and events are that one's."""
+    if device.type == "cpu":
+        return nullcontext()
+    guard: AbstractContextManager[Any] = torch.get_device_module(device.type).device(device)
+    return guard
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether the current stream of the current device is being captured into a graph."""
+    try:
+        return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    except RuntimeError:  # a torch without CUDA, which tests pretend to have a device
+        return False
 
 
 def resident_programs(kernel: Any, warps: int, device: torch.device) -> int:
@@ -144,18 +162,18 @@ class Launcher:
         flags: tuple[bool, bool, bool, bool],
     ) -> None:
         arguments = (
-            table.rows,
-            table.layouts,
-            table.chunks,
-            table.words,
+            as_int64(table.rows),
+            as_int64(table.layouts),
+            as_int64(table.chunks),
+            as_int64(table.words),
             table.row_count,
             table.chunk_count,
-            workspace,
-            scalars.grad_scale,
-            scalars.found_inf,
-            squared,
-            scalars.grad_norm,
-            scalars.skipped_steps,
+            as_int64(workspace),
+            as_int64(scalars.grad_scale),
+            as_int64(scalars.found_inf),
+            as_int64(squared),
+            as_int64(scalars.grad_norm),
+            as_int64(scalars.skipped_steps),
             float_bits(scalars.max_norm),
             float_bits(scalars.clip_value),
             self.prepare,
@@ -169,9 +187,14 @@ class Launcher:
         if INTERPRETED:
             step_kernel[(min(INTERPRETED_PROGRAMS, max(table.chunk_count, 1)),)](*arguments)
             return
-        with torch.get_device_module(self.device.type).device(self.device):
+        with on_device(self.device):
             key = (table.kinds, flags)
             if key not in self._compiled:
+                if capturing(self.device):
+                    raise RuntimeError(
+                        "this step needs a kernel that is not loaded yet: run one step like it "
+                        "before a CUDA graph is captured"
+                    )
                 barrier = flags[0] and flags[1]
                 options = compiler_options(target(), self.config, barrier)
                 kernel = step_kernel.warmup(*arguments, grid=(1,), **options)
@@ -179,6 +202,11 @@ class Launcher:
                 self._compiled[key] = kernel, programs
             kernel, programs = self._compiled[key]
             kernel[(max(1, min(programs, table.chunk_count)), 1, 1)](*arguments)
+
+
+def as_int64(address: int) -> int:
+    """The same 64 bits as a signed number, which is what kernels take."""
+    return address if address < 1 << 63 else address - (1 << 64)
 
 
 def float_bits(value: float) -> int:

@@ -78,7 +78,7 @@ def candidates(backend: str) -> list[tuple[str, ModuleType]]:
         return [
             (name, module)
             for name, module in BACKENDS.items()
-            if not (module.unavailable() or (module is triton and triton.interpreted()))
+            if not ((module is triton and triton.interpreted()) or module.unavailable())
         ]
     module = BACKENDS[backend]
     reason = module.unavailable()

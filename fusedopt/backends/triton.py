@@ -1,14 +1,16 @@
 """The Triton driver (triton_kernels/) for params on NVIDIA, AMD and Intel GPUs.
 
-triton is imported in the first step that it serves, not before. Under TRITON_INTERPRET=1 its
+triton is imported where there is such a device, when the first optimizer is made. Under TRITON_INTERPRET=1 its
 interpreter runs the kernels over CPU tensors, for tests.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import importlib.util
 import os
+import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
     from fusedopt.triton_kernels.launch import Config, Scalars, Table
 
 
+OLDEST = (3, 5)  # the first version with constexpr_function
+
 _INFINITY = float("inf")
 _TUNING_ELEMENTS = 1 << 24  # 64 MiB in float32: more than any L2 cache holds of four operands
 
@@ -38,15 +42,49 @@ def interpreted() -> bool:
 def unavailable() -> str:
     if _C is None:
         return missing
-    if importlib.util.find_spec("triton") is None:
+    if not _installed():
         return "triton is not installed"
-    if interpreted() or torch.cuda.is_available():
-        return ""
-    if not torch.xpu.is_available():
-        return "torch finds no CUDA, ROCm or XPU device"
-    if not torch.xpu.get_device_properties().has_fp64:
-        return "the XPU device has no float64"
+    if not (interpreted() or torch.cuda.is_available()):
+        if not torch.xpu.is_available():
+            return "torch finds no CUDA, ROCm or XPU device"
+        if not torch.xpu.get_device_properties().has_fp64:
+            return "the XPU device has no float64"
+    return _import_kernels()
+
+
+def _installed() -> bool:
+    try:
+        return importlib.util.find_spec("triton") is not None
+    except ValueError:  # a module that is there already, and was not found by a spec
+        return True
+
+
+def _import_kernels() -> str:
+    """Imports them; "" or why that fails. Kernels need Triton's frontend as of OLDEST; any other
+    error of an import is a reason, too: another backend can serve."""
+    needed = f"{OLDEST[0]}.{OLDEST[1]} or newer is needed"
+    try:
+        import triton  # type: ignore[import-untyped]
+
+        version = str(triton.__version__)
+    except Exception as error:
+        return f"{_distribution()} cannot be imported ({type(error).__name__}: {error}); {needed}"
+    if tuple(map(int, re.findall(r"\d+", version)[:2])) < OLDEST:
+        return f"triton {version} is installed; {needed}"
+    try:
+        import fusedopt.triton_kernels.tune  # noqa: F401  and with it all others
+    except Exception as error:
+        what = f"{type(error).__name__}: {error}"
+        return f"the kernels cannot be imported with triton {version} ({what}); {needed}"
     return ""
+
+
+def _distribution() -> str:
+    """The installed triton, by its metadata."""
+    try:
+        return f"triton {importlib.metadata.version('triton')}"
+    except importlib.metadata.PackageNotFoundError:  # ROCm's and Intel's have other names
+        return "triton"
 
 
 def step(optimizer: FusedOptimizer, request: Request) -> str:
@@ -98,9 +136,11 @@ class TritonDriver(Driver):
         assert _C is not None
         self.plan: TritonPlan = _C.TritonPlan(rule.name, DEVICES[device.type], launch.CHUNK)
         self.host: TritonHost = TritonHost(rule, device)
-        if config is None and capturing(device):
-            config = launch.DEFAULT
-        elif config is None:
+        if config is None:
+            if capturing(device):
+                raise RuntimeError(
+                    "run one step before a CUDA graph is captured: it compiles the kernels"
+                )
             config = tune.config_for(rule.name, device, functools.partial(_measure, rule))
         self.launcher = launch.Launcher(rule.name, device, config)
 
@@ -139,11 +179,14 @@ class TritonDriver(Driver):
 def _measure(
     rule: Rule, device: torch.device, candidates: tuple[Config, ...]
 ) -> dict[Config, float]:
-    """Milliseconds of a step with each of the candidates, for tune.config_for."""
+    """Milliseconds of a step with each of the candidates that work, for tune.config_for."""
     from fusedopt.triton_kernels import tune
 
-    param = torch.randn(_TUNING_ELEMENTS, device=device)
-    param.grad = torch.randn_like(param)
+    generator = torch.Generator(device).manual_seed(0)  # the user's own is left alone
+    param, param.grad = (
+        torch.randn(_TUNING_ELEMENTS, dtype=torch.float32, device=device, generator=generator)
+        for _ in range(2)
+    )
     values = {"lr": 1e-3, "betas": (0.9, 0.999), "momentum": 0.9, "eps": 1e-8}
     keys = [key.partition("[")[0] for key in rule.hyper]
     group = {**{key: values.get(key, 0.0) for key in keys}, "maximize": False, "params": [param]}
