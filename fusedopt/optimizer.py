@@ -15,7 +15,7 @@ from torch.optim.optimizer import (
     _global_optimizer_pre_hooks,
 )
 
-from fusedopt import backends, checkpoint, checks
+from fusedopt import backends, checkpoint, checks, distributed, shards
 from fusedopt.rule import Rule
 
 options_doc = """        maximize: maximize the objective.
@@ -33,6 +33,8 @@ options_doc = """        maximize: maximize the objective.
             cuda, triton, cpu, reference), or one of them by name.
 """
 
+_UNCHECKED = object()
+
 
 class FusedOptimizer(Optimizer):
     """Base class: a subclass gives its `rule`, its constructor and `check_group`.
@@ -47,6 +49,7 @@ class FusedOptimizer(Optimizer):
     _backend_in_use: str | None = None  # which one served the last step
     _norm_tensor: Tensor | None = None
     _skipped_tensor: Tensor | None = None
+    _checked_group: Any = _UNCHECKED  # the process_group of the last step with a norm
     _handle: int | None = None  # by which compiled graphs find this optimizer
 
     def __init__(
@@ -83,6 +86,7 @@ class FusedOptimizer(Optimizer):
         if isinstance(param_group, dict):
             self.check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
+        self._checked_group = _UNCHECKED
 
     def step(self, *args: Any, **kwargs: Any) -> Any:
         """step(closure=None): performs one step.
@@ -136,6 +140,9 @@ class FusedOptimizer(Optimizer):
     def _run(self, request: backends.Request, tensors: Any = None) -> None:
         """A step by the first backend that can serve, on other `tensors` if given: an object with
         the attributes that backends use of this one."""
+        if request.needs_norm and self.process_group is not self._checked_group:
+            shards.check_norm(self)
+            request.process_group = self._checked_group = self.process_group
         reasons = []
         for name, module in self._candidates:
             reason = module.step(tensors or self, request)
@@ -221,8 +228,9 @@ class FusedOptimizer(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()
-        for name in ("max_grad_norm", "clip_grad_value", "skip_nonfinite", "process_group"):
+        for name in ("max_grad_norm", "clip_grad_value", "skip_nonfinite"):
             state[name] = getattr(self, name)
+        state["process_group"] = distributed.process_group_to_state(self.process_group)
         state["backend"] = self.backend
         state["_norm_tensor"] = self._norm_tensor
         state["_skipped_tensor"] = self._skipped_tensor
@@ -230,6 +238,7 @@ class FusedOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self.process_group = distributed.process_group_from_state(self.process_group)
         self.__dict__.setdefault("_drivers", {})
         self._candidates = backends.candidates(backends.check_name(self.backend))
         for group in self.param_groups:
