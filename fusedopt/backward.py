@@ -8,7 +8,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Iterator
-from types import CodeType, FrameType
+from types import FrameType
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import _engine_run_backward
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import CheckpointFunction
 
 from fusedopt import distributed
 from fusedopt.instances import Watch
@@ -31,9 +32,9 @@ _SCALED = (
     "of another model only, pass unscaled=True to step_in_backward()"
 )
 _NESTED = (
-    "this backward() was called by the backward of an autograd Function, as "
-    "torch.utils.checkpoint does with use_reentrant=True: a layer that is used twice would be "
-    "updated twice, each time by a part of its gradient; pass use_reentrant=False"
+    "backward() would be called by the backward of an autograd Function, as torch.utils.checkpoint "
+    "does with use_reentrant=True: a layer that is used twice would be updated twice, each time by "
+    "a part of its gradient; pass use_reentrant=False"
 )
 
 
@@ -44,11 +45,11 @@ class StepInBackward:
         self._optimizer = optimizer
         self._params = {id(p) for p in params}
         self._unscaled = unscaled
-        self._watch = Watch(torch.amp.GradScaler, DistributedDataParallel)
+        self._watch = Watch(torch.amp.GradScaler, DistributedDataParallel, _CHECKPOINT)
         self._of_others: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._checked_backward = -1
         self._lock = threading.Lock()  # autograd has a thread for each device
-        self._check_wrappers()
+        self._check_surroundings()
         self._handles = [p.register_post_accumulate_grad_hook(self._step) for p in params]
 
     def _step(self, param: Tensor) -> None:
@@ -59,31 +60,37 @@ class StepInBackward:
                 if backward != self._checked_backward:
                     if _is_nested():
                         raise ValueError(_NESTED)
-                    self._check_wrappers()
+                    self._check_surroundings()
                     self._checked_backward = backward
                 self._optimizer.step()
             finally:
                 param.grad = None  # where a step was refused, too: the next one adds to nothing
 
-    def _check_wrappers(self) -> None:
-        """Raises where a GradScaler or DistributedDataParallel has come to act on this model."""
-        if self._wrapper():
+    def _check_surroundings(self) -> None:
+        """Raises for what has come to act on this model's gradients or on this backward()."""
+        if self._reason():
             gc.collect()  # what was found may be garbage
-            reason = self._wrapper()
+            reason = self._reason()
             if reason:
                 raise ValueError(reason)
 
-    def _wrapper(self) -> str:
+    def _reason(self) -> str:
+        checkpoints = False
         for found in self._watch.instances():
             if isinstance(found, torch.amp.GradScaler):
                 # The scale is made when the first loss is scaled.
                 used = found.is_enabled() and getattr(found, "_scale", None) is not None
                 if used and not self._unscaled:
                     return _SCALED
+            elif isinstance(found, _CHECKPOINT):
+                checkpoints = True
             elif found not in self._of_others:
                 if any(id(p) in self._params for p in found.parameters()):
                     return _IN_DDP
                 self._of_others.add(found)
+        # Those of other libraries are met when they call backward().
+        if checkpoints and any(isinstance(node, _CHECKPOINT) for node in _nodes_of_this_backward()):
+            return _NESTED
         return ""
 
     def remove(self) -> None:
@@ -117,10 +124,10 @@ def step_in_backward(
             gradients are reduced after the hooks; params that the optimizer does not have;
             gradients that are there already (accumulation).
 
-    backward() raises ValueError, too: for these options, a GradScaler that has scaled a loss or a
-    DistributedDataParallel around the model, wherever they came to be since; and inside of another
-    backward(), as torch.utils.checkpoint runs it with use_reentrant=True. The params whose turn had
-    come before keep their whole update, the others are as they were.
+    backward() raises ValueError, too, and updates nothing: for these options, a GradScaler that has
+    scaled a loss, or a DistributedDataParallel around the model, since whenever they are there; and
+    for torch.utils.checkpoint with use_reentrant=True. Where another library's checkpoint calls
+    backward() inside of a backward(), it raises then: params outside of it may have been updated.
     """
     _check(optimizer)
     if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
@@ -170,25 +177,49 @@ _FUNCTION_BACKWARD = {
     for name in ("apply", "apply_boxed")
     if hasattr(BackwardCFunction, name)
 }
+_CHECKPOINT: type = CheckpointFunction._backward_cls  # of its nodes in the graph
 
 
 def _is_nested() -> bool:
     """In a hook: whether its backward() was called inside of the backward of a Function."""
-    own = list(_codes(sys._getframe()))
-    if _RUN_BACKWARD in own or not _FUNCTION_BACKWARD.isdisjoint(own):
-        return not _FUNCTION_BACKWARD.isdisjoint(own)
-    # A thread of the engine: backward() was called in another one.
-    for frame in sys._current_frames().values():
-        codes = list(_codes(frame))
-        if _RUN_BACKWARD in codes:
-            outside = codes[codes.index(_RUN_BACKWARD) :]
+    for stack in _stacks():
+        outside = [frame.f_code for frame in stack]
+        if _RUN_BACKWARD in outside:
+            outside = outside[outside.index(_RUN_BACKWARD) :]
             if not _FUNCTION_BACKWARD.isdisjoint(outside):
                 return True
     return False
 
 
-def _codes(frame: FrameType | None) -> Iterator[CodeType]:
-    """Of the functions that a thread is in, the innermost first."""
+def _nodes_of_this_backward() -> Iterator[Any]:
+    """In a hook: each node of the graph, from the roots on."""
+    pending: list[Any] = []
+    for stack in _stacks():
+        for frame in stack:
+            if frame.f_code is _RUN_BACKWARD:
+                roots = frame.f_locals["t_outputs"]
+                pending += [getattr(r, "grad_fn", None) or getattr(r, "node", None) for r in roots]
+    seen = set()
+    while pending:
+        node = pending.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            pending += [following for following, _ in node.next_functions]
+            yield node
+
+
+def _stacks() -> list[list[FrameType]]:
+    """In a hook: the frames of the thread that called backward(), the innermost first. Where the
+    hook runs in a thread of the engine, those of all threads."""
+    own = _stack(sys._getframe())
+    if any(frame.f_code is _RUN_BACKWARD for frame in own):
+        return [own]
+    return [_stack(frame) for frame in sys._current_frames().values()]
+
+
+def _stack(frame: FrameType | None) -> list[FrameType]:
+    frames = []
     while frame is not None:
-        yield frame.f_code
+        frames.append(frame)
         frame = frame.f_back
+    return frames

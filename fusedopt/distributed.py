@@ -108,8 +108,9 @@ class SavedGroup:
             return None
         if self.default:
             return torch.distributed.group.WORLD
+        resolve: Any = torch.distributed.distributed_c10d._resolve_process_group
         try:
-            group = torch.distributed.distributed_c10d._resolve_process_group(self.name)
+            group = resolve(self.name)
         except (RuntimeError, ValueError, KeyError):
             return None  # no group of that name
         same = tuple(torch.distributed.get_process_group_ranks(group)) == self.ranks

@@ -13,7 +13,8 @@ def with_subclasses(*classes: type) -> list[type]:
     found = dict.fromkeys(classes)
     pending = list(classes)
     while pending:
-        new = [c for c in type.__subclasses__(pending.pop()) if c not in found]
+        derived: list[type] = type.__subclasses__(pending.pop())
+        new = [cls for cls in derived if cls not in found]
         found.update(dict.fromkeys(new))
         pending += new
     return list(found)
@@ -22,7 +23,7 @@ def with_subclasses(*classes: type) -> list[type]:
 def live(*classes: type) -> list[Any]:
     """The instances of the classes in this process, by a walk over all objects that the garbage
     collector knows: tens of milliseconds. Those under gc.freeze() are not seen."""
-    wanted = {id(c) for c in with_subclasses(*classes)}
+    wanted = {id(cls) for cls in with_subclasses(*classes)}
     return [found for found in gc.get_objects() if id(type(found)) in wanted]
 
 
@@ -50,4 +51,4 @@ class Watch:
         return found
 
     def _reference_counts(self) -> list[int]:
-        return [sys.getrefcount(c) for c in self._classes]
+        return [sys.getrefcount(cls) for cls in self._classes]
