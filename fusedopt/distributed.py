@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,6 +27,11 @@ def _dtensor() -> type | None:
 def is_dtensor(tensor: Any) -> bool:
     cls = _dtensor()
     return cls is not None and isinstance(tensor, cls)
+
+
+def is_fsdp1(param: Any) -> bool:
+    """Whether a param is a flat param of FullyShardedDataParallel, or was made part of one."""
+    return getattr(param, "_fsdp_flattened", False)
 
 
 def any_dtensor(param_groups: list[dict[str, Any]]) -> bool:
@@ -79,3 +85,77 @@ def sum_over_ranks(squares: Tensor, kinds: Iterable[NormGroups]) -> Tensor:
 def all_reduce_sum(value: Tensor, process_group: Any) -> None:
     """Sums a tensor over the ranks of a torch.distributed process group, in place."""
     torch.distributed.all_reduce(value, group=process_group)
+
+
+@dataclass(frozen=True)
+class SavedGroup:
+    """What a pickle holds of a process group.
+
+    Attributes:
+        default: whether it was the default group.
+        name: that torch.distributed gave to another one.
+        ranks: of the default group that were members.
+    """
+
+    default: bool
+    name: str
+    ranks: tuple[int, ...]
+
+    def find(self) -> Any:
+        """The group in this process: the default one, whatever its size now, or one of the same
+        name and ranks; None where there is none."""
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return None
+        if self.default:
+            return torch.distributed.group.WORLD
+        resolve: Any = torch.distributed.distributed_c10d._resolve_process_group
+        try:
+            group = resolve(self.name)
+        except (RuntimeError, ValueError, KeyError):
+            return None  # no group of that name
+        same = tuple(torch.distributed.get_process_group_ranks(group)) == self.ranks
+        return group if same else None
+
+    def find_or_raise(self) -> Any:
+        group = self.find()
+        if group is None:
+            kind = "the default process group" if self.default else "a process group"
+            raise ValueError(
+                f"this optimizer was pickled with {kind} over the ranks {list(self.ranks)}, which "
+                "is not in this process: set optimizer.process_group to the group over whose ranks "
+                "the params are spread, or to None where each rank has them whole"
+            )
+        return group
+
+
+class GroupReference:
+    """Stands for a process group in the state of an optimizer: a deep copy shares the group, and a
+    pickle holds a SavedGroup."""
+
+    def __init__(self, group: Any) -> None:
+        self.group = group
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> GroupReference:
+        return self
+
+    def __reduce__(self) -> tuple[type[SavedGroup], tuple[bool, str, tuple[int, ...]]]:
+        default = self.group is torch.distributed.group.WORLD
+        ranks = tuple(torch.distributed.get_process_group_ranks(self.group))
+        return SavedGroup, (default, self.group.group_name, ranks)
+
+
+def process_group_to_state(group: Any) -> Any:
+    """What __getstate__ gives for a process group; anything else as it is."""
+    if torch.distributed.is_available() and isinstance(group, torch.distributed.ProcessGroup):
+        return GroupReference(group)
+    return group
+
+
+def process_group_from_state(value: Any) -> Any:
+    """The process group in this process; a SavedGroup that is not there yet stays one."""
+    if isinstance(value, GroupReference):
+        return value.group
+    if isinstance(value, SavedGroup):
+        found = value.find()
+        return value if found is None else found
+    return value

@@ -15,7 +15,7 @@ from torch.optim.optimizer import (
     _global_optimizer_pre_hooks,
 )
 
-from fusedopt import backends, checkpoint, checks, options
+from fusedopt import backends, checkpoint, checks, distributed, options, shards
 from fusedopt.rule import Rule
 
 options_doc = """        maximize: maximize the objective.
@@ -34,6 +34,8 @@ options_doc = """        maximize: maximize the objective.
         backend: "auto" (the environment variable FUSEDOPT_BACKEND, else the first that can serve of
             cuda, triton, cpu, reference), or one of them by name.
 """
+
+_UNCHECKED = object()
 
 
 class FusedOptimizer(options.InGroups, Optimizer):
@@ -79,6 +81,7 @@ class FusedOptimizer(options.InGroups, Optimizer):
         that inherits from its class, and hands on what it lacks, must not find others."""
         self._candidates = backends.candidates(backends.check_name(given["backend"]))
         self._candidates_for = given["backend"]
+        self._checked_group: Any = _UNCHECKED  # the process_group of the last step with a norm
         self._checked_options = ()
         self._checked_keys = 0
         self._unknown_keys = set()
@@ -117,6 +120,7 @@ class FusedOptimizer(options.InGroups, Optimizer):
         super().add_param_group(param_group)
         self._warn_of_unknown_keys(self.param_groups[-1:])
         self._checked_keys += len(self.param_groups[-1])
+        self._checked_group = _UNCHECKED
 
     def _plain(self, group: dict[str, Any]) -> dict[str, Any]:
         """The group with hyperparameters of numpy and the like in Python's types."""
@@ -175,6 +179,9 @@ class FusedOptimizer(options.InGroups, Optimizer):
     def _run(self, request: backends.Request, tensors: Any = None) -> None:
         """A step by the first backend that can serve, on other `tensors` if given: an object with
         the attributes that backends use of this one."""
+        if request.needs_norm and request.process_group is not self._checked_group:
+            shards.check_norm(self)
+            request.process_group = self._checked_group = self.process_group
         reasons = []
         for name, module in self._candidates:
             reason = module.step(tensors or self, request)
@@ -269,7 +276,8 @@ class FusedOptimizer(options.InGroups, Optimizer):
         state: dict[str, Any] = super().__getstate__()
         state["defaults"] = options.without(self.defaults)
         state["param_groups"] = [options.without(group) for group in self.param_groups]
-        state["options"] = self._options()
+        group = distributed.process_group_to_state(self.process_group)
+        state["options"] = {**self._options(), "process_group": group}
         state["_norm_tensor"] = self._norm_tensor
         state["_skipped_tensor"] = self._skipped_tensor
         return state
@@ -279,6 +287,8 @@ class FusedOptimizer(options.InGroups, Optimizer):
         super().__setstate__({key: value for key, value in state.items() if key != "options"})
         if given is not None:  # a copy, which has had no constructor
             tensors = self._norm_tensor, self._skipped_tensor
+            group = distributed.process_group_from_state(given["process_group"])
+            given = {**given, "process_group": group}
             self._start(given)
             self._norm_tensor, self._skipped_tensor = tensors
             self.defaults.update(given)

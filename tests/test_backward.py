@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -10,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import fusedopt
+from fusedopt import backward
 
 Class = type[fusedopt.FusedOptimizer]
 
@@ -114,13 +118,278 @@ def test_params_of_several_ranks_are_refused() -> None:
         dist.destroy_process_group()
 
 
-def test_a_grad_scaler_is_refused_in_backward() -> None:
+# A GradScaler: it may be made, and scale its first loss, at any time.
+
+
+def frozen(net: nn.Module, optimizer: fusedopt.FusedOptimizer) -> list[Any]:
+    """What a refused step must leave as it is."""
+    return [[p.detach().clone() for p in net.parameters()], len(optimizer.state)]
+
+
+def assert_refused_in_backward(
+    match: str, loss: Tensor, net: nn.Module, optimizer: fusedopt.FusedOptimizer
+) -> None:
+    params, states = frozen(net, optimizer)
+    with pytest.raises(ValueError, match=match):
+        loss.backward()
+    for p, old in zip(net.parameters(), params, strict=True):
+        assert torch.equal(p, old)
+        assert p.grad is None
+    assert len(optimizer.state) == states
+
+
+class OtherScaler(torch.amp.GradScaler):
+    """As frameworks derive theirs."""
+
+
+@pytest.mark.parametrize("cls", [torch.amp.GradScaler, OtherScaler])
+@pytest.mark.parametrize("made", ["before", "after", "later"])
+def test_a_grad_scaler_is_refused(cls: type[torch.amp.GradScaler], made: str) -> None:
+    net = model()
+    optimizer = fusedopt.FusedAdamW(net.parameters())
+    scaler = cls("cpu") if made == "before" else None
+    handle = fusedopt.step_in_backward(net, optimizer)
+    if made == "after":
+        scaler = cls("cpu")
+    for step in range(2):
+        loss(net, step).backward()  # unscaled so far
+    scaler = scaler or cls("cpu")
+    for _ in range(2):  # each time
+        scaled = scaler.scale(loss(net, 2))
+        assert_refused_in_backward("a GradScaler looks for overflows", scaled, net, optimizer)
+    handle.remove()
+    refused("a GradScaler looks for overflows", net, optimizer)
+    scaler.scale(loss(net, 3)).backward()
+    scaler.step(optimizer)
+    scaler.update()
+
+
+def test_a_grad_scaler_that_scales_nothing_of_ours() -> None:
+    torch.amp.GradScaler("cpu").scale(torch.ones(1))  # is gone
+    cycle = [torch.amp.GradScaler("cpu")]
+    cycle[0].scale(torch.ones(1))
+    cycle[0].itself = cycle  # type: ignore[attr-defined]
+    del cycle  # is garbage
+    disabled, idle = torch.amp.GradScaler("cpu", enabled=False), torch.amp.GradScaler("cpu")
+    net = model()
+    optimizer = fusedopt.FusedAdamW(net.parameters())
+    fusedopt.step_in_backward(net, optimizer)
+    disabled.scale(loss(net, 0)).backward()
+    disabled.step(optimizer)
+    assert idle.is_enabled()
+    assert len(optimizer.state) == 5
+
+
+def test_a_grad_scaler_of_another_model() -> None:
+    nets = model(), model()
+    optimizers = [fusedopt.FusedAdamW(net.parameters()) for net in nets]
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(loss(nets[1], 0)).backward()
+    fusedopt.step_in_backward(nets[0], optimizers[0], unscaled=True)
+    loss(nets[0], 0).backward()
+    scaler.step(optimizers[1])
+    for p, q in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
+        torch.testing.assert_close(p, q)
+
+
+def test_a_scale_that_the_optimizer_was_given_is_refused() -> None:
     net = model()
     optimizer = fusedopt.FusedAdamW(net.parameters())
     fusedopt.step_in_backward(net, optimizer)
     optimizer.grad_scale = torch.tensor(2.0)  # type: ignore[attr-defined]
-    with pytest.raises(ValueError, match="a GradScaler looks for overflows"):
+    assert_refused_in_backward("a GradScaler looks", loss(net, 0), net, optimizer)
+
+
+# Checkpointing: with use_reentrant=True a layer that is used twice has two backwards.
+
+
+class Checkpointed(nn.Module):
+    """A layer that is used twice, another one once, and one outside."""
+
+    def __init__(self, reentrant: bool, nested: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.twice, self.once, self.head = (nn.Linear(5, 5) for _ in range(3))
+        self.reentrant, self.nested = reentrant, nested
+
+    def run(self, function: Any, x: Tensor) -> Tensor:
+        from torch.utils.checkpoint import checkpoint
+
+        result: Tensor = checkpoint(function, x, use_reentrant=self.reentrant)
+        return result
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.run(lambda y: self.twice(y).tanh(), x)
+        if self.nested:
+            x = self.run(lambda y: self.run(self.once, y).tanh(), x)
+        else:
+            x = self.run(self.once, x).tanh()
+        x = self.run(self.twice, x)
+        result: Tensor = self.head(x)
+        return result
+
+
+def input_of(step: int) -> Tensor:
+    generator = torch.Generator().manual_seed(step)
+    return torch.randn(4, 5, generator=generator).requires_grad_()
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_checkpoints_that_are_not_reentrant(nested: bool) -> None:
+    nets = [Checkpointed(False, nested) for _ in range(2)]
+    optimizers = [fusedopt.FusedAdamW(net.parameters(), lr=0.01) for net in nets]
+    fusedopt.step_in_backward(nets[0], optimizers[0])
+    for step in range(3):
+        for net, optimizer in zip(nets, optimizers, strict=True):
+            net(input_of(step)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert all(entry["step"] == 3 for entry in optimizers[0].state.values())
+    for p, q in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("twice", [False, True])
+@pytest.mark.parametrize("earlier", [0, 1])
+def test_reentrant_checkpoints_are_refused(nested: bool, twice: bool, earlier: int) -> None:
+    # before the head is updated, too, whose turn comes first
+    net = Checkpointed(False, nested)
+    net.twice.requires_grad_(twice)
+    optimizer = fusedopt.FusedAdamW(net.parameters())
+    handle = fusedopt.step_in_backward(net, optimizer)
+    for step in range(earlier):
+        net(input_of(step)).sum().backward()
+    net.reentrant = True
+    for step in range(2):  # each time
+        result = net(input_of(step)).sum()
+        assert_refused_in_backward("pass use_reentrant=False", result, net, optimizer)
+    net.reentrant = False
+    net(input_of(2)).sum().backward()
+    assert {entry["step"].item() for entry in optimizer.state.values()} == {earlier + 1}
+    handle.remove()
+    net.reentrant = True
+    net(input_of(3)).sum().backward()
+    assert net.once.weight.grad is not None
+
+
+def test_a_layer_inside_and_outside_of_a_reentrant_checkpoint() -> None:
+    net = Checkpointed(True)
+    net.head = net.once
+    optimizer = fusedopt.FusedAdamW(net.parameters())
+    fusedopt.step_in_backward(net, optimizer)
+    result = net(input_of(0)).sum()
+    assert_refused_in_backward("pass use_reentrant=False", result, net, optimizer)
+    if "GradientEdge" in str(torch.autograd.backward.__annotations__):
+        root = torch.autograd.graph.get_gradient_edge(net(input_of(0)).sum())
+        with pytest.raises(ValueError, match="pass use_reentrant=False"):
+            torch.autograd.backward((root,), torch.ones(()))
+    assert not optimizer.state
+
+
+def test_reentrant_checkpoints_of_another_graph() -> None:
+    net, other = model(), Checkpointed(True)
+    optimizer = fusedopt.FusedAdamW(net.parameters())
+    fusedopt.step_in_backward(net, optimizer)
+    pending = other(input_of(0)).sum()
+    loss(net, 0).backward()
+    pending.backward()
+    assert len(optimizer.state) == 5
+    assert other.once.weight.grad is not None
+
+
+class OwnCheckpoint(torch.autograd.Function):
+    """As libraries write theirs."""
+
+    @staticmethod
+    def forward(ctx: Any, layer: nn.Module, x: Tensor) -> Tensor:
+        ctx.layer = layer
+        ctx.save_for_backward(x)
+        result: Tensor = layer(x)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor | None]:
+        x = ctx.saved_tensors[0].detach().requires_grad_()
+        with torch.enable_grad():
+            result = ctx.layer(x)
+        result.backward(grads[0])
+        return None, x.grad
+
+
+def test_a_backward_in_a_backward_is_refused() -> None:
+    layer = nn.Linear(5, 5)
+    optimizer = fusedopt.FusedSGD(layer.parameters(), lr=0.1)
+    fusedopt.step_in_backward(layer, optimizer)
+    x = OwnCheckpoint.apply(layer, OwnCheckpoint.apply(layer, input_of(0)))
+    assert_refused_in_backward("called by the backward of an", x.sum(), layer, optimizer)
+
+
+class Nested(torch.autograd.Function):
+    """Its backward runs another one, on a graph of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: nn.Module) -> Tensor:
+        ctx.layer = layer
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        with torch.enable_grad():
+            ctx.layer(torch.ones(5)).sum().backward()
+        return grads[0], None
+
+
+def test_a_nested_backward_in_another_thread_of_the_engine() -> None:
+    # As for params on another GPU than the checkpoint: the hook's thread does not call backward().
+    layer, nested, nodes = nn.Linear(5, 5), [], []
+
+    def in_a_thread_of_its_own(param: Tensor) -> None:
+        with ThreadPoolExecutor(1) as pool:
+            nested.append(pool.submit(backward._is_nested).result())
+            nodes.append(pool.submit(lambda: list(backward._nodes_of_this_backward())).result())
+
+    layer.weight.register_post_accumulate_grad_hook(in_a_thread_of_its_own)
+    result = layer(torch.ones(5)).sum()
+    result.backward()
+    Nested.apply(torch.ones(5, requires_grad=True), layer).sum().backward()
+    assert nested == [False, True]
+    assert nodes[0][0] is result.grad_fn
+    assert any(type(node).__name__ == "NestedBackward" for node in nodes[1])
+
+
+def test_a_step_that_raises_leaves_no_gradient_behind() -> None:
+    net = model()
+    optimizer = fusedopt.FusedAdamW(net.parameters())
+    fusedopt.step_in_backward(net, optimizer)
+    optimizer.param_groups[0]["lr"] = "fast"
+    params, states = frozen(net, optimizer)
+    with pytest.raises(TypeError):
         loss(net, 0).backward()
+    for p, old in zip(net.parameters(), params, strict=True):
+        assert torch.equal(p, old)
+        assert p.grad is None
+    assert len(optimizer.state) == states
+    optimizer.param_groups[0]["lr"] = 0.01
+    loss(net, 0).backward()
+    assert len(optimizer.state) == 5
+
+
+@pytest.mark.parametrize(
+    "copy", [deepcopy, lambda o: pickle.loads(pickle.dumps(o))], ids=["deepcopy", "pickle"]
+)
+def test_copies_do_not_step_in_backward(copy: Any) -> None:
+    net = model()
+    optimizer = fusedopt.FusedAdamW(net.parameters())
+    fusedopt.step_in_backward(net, optimizer)
+    loss(net, 0).backward()
+    other_net, other = copy((net, optimizer))
+    loss(other_net, 1).backward()
+    assert other_net[0].weight.grad is not None
+    other.step()
+    loss(net, 1).backward()
+    for p, q in zip(net.parameters(), other_net.parameters(), strict=True):
+        assert torch.equal(p, q)
 
 
 def test_an_option_that_is_set_later_is_refused_in_backward() -> None:

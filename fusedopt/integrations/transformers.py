@@ -66,4 +66,7 @@ class FusedClippingMixin:
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Tensor:
         """The tensor that the step writes: Trainer reads it after the step, for the log."""
         optimizer = self._fused()
-        return optimizer._norm_buffer(optimizer.param_groups[0]["params"][0].device)
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        # The step writes it on the device of the first param that has a gradient.
+        devices = [p.device for p in params if p.grad is not None] or [p.device for p in params]
+        return optimizer._norm_buffer(devices[0] if devices else "cpu")
