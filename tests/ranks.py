@@ -49,6 +49,7 @@ def _rank(rank: int, ranks: int, port: int, folder: str, bodies: dict[str, Body]
             dist.barrier()
         except unittest.SkipTest as reason:  # on all ranks alike, before they have spoken
             outcomes[name] = f"{SKIPPED}{reason}"
+            dist.barrier()  # one that leaves early would break the others' connections
         except Exception:
             outcomes[name] = traceback.format_exc()
             break  # the ranks are no longer in step
