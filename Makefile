@@ -5,9 +5,9 @@ VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 CPP_FILES := $(shell find csrc tests/cuda_emulator bench -name '*.h' -o -name '*.cpp' -o -name '*.cu*')
-NATIVE_SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
+NATIVE_SOURCES := $(shell find csrc -type f) setup.py setup_cuda.py pyproject.toml
 
-.PHONY: train test bench peers gate gpu-check lint format sanitize mutate clean
+.PHONY: train test test-torch bench peers gate gpu-check lint format sanitize mutate clean
 
 train: $(READY)
 	$(PY) examples/train_gpt.py --out runs/train_gpt
@@ -18,6 +18,12 @@ test sanitize mutate: export OMP_WAIT_POLICY := passive
 test: $(READY)
 	$(PY) -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder \
 	  --cov --cov-report=term --cov-fail-under=90
+
+# The core tests with another torch, such as `make test-torch TORCH=2.6.0`, in .venv-torch-2.6.0,
+# which takes several GB where that torch brings CUDA. Results in runs/torch-2.6.0.
+test-torch:
+	@test -n "$(TORCH)" || { echo "which torch? make test-torch TORCH=2.6.0" >&2; exit 2; }
+	bash tests/torch_version.sh $(TORCH) $(PYTHON)
 
 # Figures of this machine, in bench/results and the documents; about an hour on a quiet one.
 bench: $(READY)

@@ -7,116 +7,51 @@ Where nvcc is, the CUDA kernels are compiled into it, for the architectures of t
 machine, or without one for those of DEFAULT_ARCHS and, as PTX, for all that come later. The
 extension imports and serves the CPU where there is no CUDA driver.
 
-Environment: FUSEDOPT_CUDA_ARCHS (such as "80 90", or "none" to build without CUDA), NVCC (its
-path), FUSEDOPT_REQUIRE_CUDA=1 (make a failing nvcc an error), CXX (compiler),
-FUSEDOPT_SANITIZE=address,undefined (instrumented build for `make sanitize`),
-FUSEDOPT_REQUIRE_NATIVE=1.
+Environment: FUSEDOPT_CUDA_ARCHS (such as "80 90", "9.0+PTX" or "sm_90a", or "none" to build without
+CUDA), NVCC (its path), FUSEDOPT_REQUIRE_CUDA=1 (make a failing nvcc, or one that does not know an
+architecture, an error), CXX (compiler), FUSEDOPT_SANITIZE=address,undefined (instrumented build for
+`make sanitize`), FUSEDOPT_REQUIRE_NATIVE=1.
 """
 
+import json
 import os
 import platform
-import re
-import shlex
-import shutil
 import subprocess
 import sys
+import tempfile
 from glob import glob
 from pathlib import Path
 
+import pybind11
 from pybind11.setup_helpers import ParallelCompile, Pybind11Extension
 from setuptools import setup
 from setuptools.command.build_ext import build_ext
-from setuptools.errors import CCompilerError, ExecError, PlatformError
+from setuptools.errors import CCompilerError, ExecError, OptionError, PlatformError
 from setuptools.modified import newer_group
+
+sys.path.insert(0, os.getcwd())  # pip's isolated build does not look here
+import setup_cuda
+from setup_cuda import notice, output_of
 
 SOURCES = sorted(glob("csrc/**/*.cpp", recursive=True))
 HEADERS = sorted(glob("csrc/**/*.h", recursive=True) + glob("csrc/**/*.cu*", recursive=True))
-DEFAULT_ARCHS = ["80", "90", "100", "120"]
+BUILD_FILES = ["setup.py", "setup_cuda.py"]
 
 
 def compile_flags() -> tuple[list[str], list[str]]:
-    """(compile, link) flags. Contraction is off so that every machine computes the same bits;
-    math-errno is off because g++ does not vectorise sqrtf with it."""
+    """(compile, link) flags that every compiler takes. Contraction is off so that every machine
+    computes the same bits; math-errno is off because g++ does not vectorise sqrtf with it."""
     if os.name == "nt":
         return ["/O2", "/fp:precise", "/openmp"], []
     compile_args = ["-O3", "-g0", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-psabi"]
-    compile_args += [
-        "-ffp-contract=off",
-        "-fno-math-errno",
-        "-fno-trapping-math",
-        "-fno-unswitch-loops",
-    ]
+    compile_args += ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
     link_args: list[str] = []
-    if platform.system() != "Darwin":
-        compile_args.append("-fopenmp")
-        link_args.append("-fopenmp")
     sanitizers = os.environ.get("FUSEDOPT_SANITIZE")
     if sanitizers:
         flags = [f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
         compile_args += [*flags, "-g1", "-O1"]
         link_args += flags
     return compile_args, link_args
-
-
-def output_of(*command: str) -> str:
-    """What a command prints, or "" where it fails or is missing."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-    return done.stdout + done.stderr
-
-
-def cuda_archs() -> list[str]:
-    """The compute capabilities to compile for, such as ["80", "90"]; [] for none."""
-    asked = os.environ.get("FUSEDOPT_CUDA_ARCHS", "")
-    if asked:
-        return [] if asked == "none" else re.split(r"[\s,;]+", asked.strip())
-    here = output_of("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader")
-    return sorted(set(here.replace(".", "").split())) or DEFAULT_ARCHS
-
-
-class Cuda:
-    """The CUDA toolkit of this machine."""
-
-    def __init__(self) -> None:
-        home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
-        self.nvcc = os.environ.get("NVCC") or shutil.which("nvcc") or f"{home}/bin/nvcc"
-        # The nvcc on PATH may be a wrapper somewhere else: it says itself where the toolkit is.
-        told = re.search(r"^#\$ TOP=(.*)$", output_of(self.nvcc, "--dryrun", "-c", "x.cu"), re.M)
-        self.root = Path(told[1].strip()).resolve() if told else None
-        release = re.search(r"release (\d+)\.(\d+)", output_of(self.nvcc, "--version"))
-        self.version = (int(release[1]), int(release[2])) if release else (0, 0)
-
-    def runtime(self) -> str:
-        """The static CUDA runtime: no library of CUDA is needed to import the extension."""
-        assert self.root is not None
-        places = [*self.root.glob("lib*"), *self.root.glob("targets/*/lib")]
-        for place in places:
-            if (place / "libcudart_static.a").exists():
-                return str(place / "libcudart_static.a")
-        raise OSError(f"libcudart_static.a is not below {self.root}")
-
-    def compile(self, source: str, target: str, archs: list[str]) -> None:
-        last = max(archs, key=int)
-        command = [self.nvcc, "-c", source, "-o", target, *self.flags()]
-        for arch in archs:
-            command += ["-gencode", f"arch=compute_{arch},code=sm_{arch}"]
-        command += ["-gencode", f"arch=compute_{last},code=compute_{last}"]
-        command += [f'-DFUSEDOPT_CUDA_ARCHS="{" ".join(archs)} +PTX"', "--threads", "0"]
-        print(shlex.join(command), flush=True)
-        subprocess.run(command, check=True)
-
-    def flags(self) -> list[str]:
-        """Contraction is off, as on the CPU: both compute the same bits."""
-        flags = ["-std=c++17", "-O3", "-fmad=false", "-Icsrc"]
-        flags += ["-Xcompiler=-fPIC,-fvisibility=hidden"]
-        return flags + [f"-D{name}" for name in self.macros()]
-
-    def macros(self) -> list[str]:
-        """What host code and kernels must both know."""
-        small = self.version < (12, 1)  # kernels take 4 KiB of arguments
-        return ["FUSEDOPT_CUDA"] + ["FUSEDOPT_CUDA_SMALL_ARGS"] * small
 
 
 class OptionalBuildExt(build_ext):
@@ -127,32 +62,85 @@ class OptionalBuildExt(build_ext):
         self._or_notice(super().run)
 
     def build_extension(self, ext) -> None:
+        self._add_flags(ext)
         self._add_cuda(ext)
+        # What an earlier run has built, with other options, another compiler or of older sources,
+        # must not be taken for the outcome of this one: not even where this one fails.
+        built = Path(self.get_ext_fullpath(ext.name))
+        stamp = Path(self.build_temp) / f"{ext.name}.options"
+        options = self._options(ext)
+        known = stamp.read_text() if stamp.exists() else ""
+        if self.force or known != options or newer_group(ext.depends + ext.sources, str(built)):
+            built.unlink(missing_ok=True)
+            stamp.unlink(missing_ok=True)
         self._or_notice(lambda: super(OptionalBuildExt, self).build_extension(ext))
+        if built.exists():
+            stamp.parent.mkdir(parents=True, exist_ok=True)
+            stamp.write_text(options)
+
+    def _options(self, ext) -> str:
+        """All that the extension depends on besides files."""
+        commands = {
+            name: getattr(self.compiler, name, None)
+            for name in ("compiler_so_cxx", "compiler_cxx", "linker_so_cxx")
+        }
+        version = output_of(*commands["compiler_so_cxx"] or [], "--version")
+        flags = [ext.extra_compile_args, ext.extra_link_args, ext.define_macros, ext.extra_objects]
+        return json.dumps([commands, version, pybind11.__version__, flags])
+
+    def _add_flags(self, ext) -> None:
+        """The flags that some compilers refuse."""
+        if os.name == "nt" or not self._accepts([]):
+            return  # without any flag: the build itself will say what is wrong
+        if self._accepts(["-fno-unswitch-loops"]):  # g++, which unswitches loops that we wrote out
+            ext.extra_compile_args += ["-fno-unswitch-loops"]
+        # Apple's compiler has no OpenMP of its own: one thread there.
+        if platform.system() == "Darwin":
+            return
+        # With clang this links LLVM's runtime, which then runs beside libgomp, that of torch.
+        # libgomp cannot be linked instead: clang's code calls functions that it does not have.
+        if self._accepts(["-fopenmp"], "#include <omp.h>", "omp_get_max_threads()"):
+            ext.extra_compile_args += ["-fopenmp"]
+            ext.extra_link_args += ["-fopenmp"]
+        else:
+            notice(
+                "the compiler refuses -fopenmp, or its OpenMP runtime is missing: building without "
+                "OpenMP; a step will run on one thread (Debian: g++, or libomp-dev for clang)"
+            )
+
+    def _accepts(self, flags: list[str], include: str = "", value: str = "0") -> bool:
+        """Whether the compiler compiles and links a small file with these flags, and no warning."""
+        source = f"{include}\nint probe(int n) {{\n#pragma omp parallel for\n"
+        source += f"for (int i = 0; i < n; ++i) n += {value};\nreturn n; }}\n"
+        with tempfile.TemporaryDirectory() as folder:
+            cpp, obj, out = (f"{folder}/probe.{suffix}" for suffix in ("cpp", "o", "so"))
+            Path(cpp).write_text(source)
+            compile_it = [*self.compiler.compiler_so_cxx, "-Werror", "-Wno-unknown-pragmas", *flags]
+            commands = (
+                [*compile_it, "-c", cpp, "-o", obj],
+                [*self.compiler.compiler_cxx, "-shared", obj, *flags, "-o", out],
+            )
+            try:
+                for command in commands:
+                    subprocess.run(command, check=True, capture_output=True)
+            except (OSError, subprocess.CalledProcessError):
+                return False
+        return True
 
     def _add_cuda(self, ext) -> None:
-        cuda, archs = Cuda(), cuda_archs()
-        if not archs or os.environ.get("FUSEDOPT_SANITIZE"):
+        if setup_cuda.asked() == "none" or os.environ.get("FUSEDOPT_SANITIZE"):
             return
         try:
-            if cuda.root is None:
-                raise OSError(f"nvcc was not found ({cuda.nvcc})")
-            target = Path(self.build_temp) / "launch.cu.o"
-            target.parent.mkdir(parents=True, exist_ok=True)
+            cuda = setup_cuda.Cuda()
+            archs, ptx = setup_cuda.choose_archs(cuda)
             runtime = cuda.runtime()
-            stamp = target.with_suffix(".archs")
-            known = stamp.read_text() if stamp.exists() else ""
-            if (
-                self.force
-                or known != " ".join(archs)
-                or newer_group([*HEADERS, "setup.py"], str(target))
-            ):
-                cuda.compile("csrc/cuda/launch.cu", str(target), archs)
-                stamp.write_text(" ".join(archs))
+            target = Path(self.build_temp) / "launch.cu.o"
+            depends = [*HEADERS, *BUILD_FILES]
+            cuda.compile("csrc/cuda/launch.cu", target, cuda.flags(archs, ptx), depends)
         except (OSError, subprocess.CalledProcessError) as error:
-            if os.environ.get("FUSEDOPT_REQUIRE_CUDA") == "1":
-                raise
-            print(f"\nfusedopt: building without CUDA: {error}\n", file=sys.stderr)
+            if setup_cuda.required():  # not an OSError, which run() would take for a notice
+                raise OptionError(f"FUSEDOPT_REQUIRE_CUDA=1, and {error}") from error
+            notice(f"building without CUDA: {error}")
             return
         ext.define_macros += [(name, "1") for name in cuda.macros()]
         ext.extra_objects += [str(target), runtime]
@@ -167,11 +155,10 @@ class OptionalBuildExt(build_ext):
                 raise
             for ext in self.extensions:
                 ext.optional = True  # so that a missing file is not an error of the copy step
-            print(
-                f"\nfusedopt: the native extension was not built: {error}\n"
+            notice(
+                f"the native extension was not built: {error}\n"
                 "fusedopt: a C++17 compiler is missing or failed (Debian: apt install g++).\n"
-                "fusedopt: installing without it; the reference backend will serve.\n",
-                file=sys.stderr,
+                "fusedopt: installing without it; the reference backend will serve."
             )
 
 
@@ -179,7 +166,7 @@ compile_args, link_args = compile_flags()
 extension = Pybind11Extension(
     "fusedopt._C",
     SOURCES,
-    depends=HEADERS,
+    depends=[*HEADERS, *BUILD_FILES],
     include_dirs=["csrc"],
     cxx_std=17,
     extra_compile_args=compile_args,

@@ -4,7 +4,9 @@
 
 #include <cmath>
 #include <cstdint>
+#include <map>
 #include <string>
+#include <utility>
 #include <vector>
 
 #ifdef _OPENMP
@@ -292,7 +294,7 @@ int64_t count_keys(const py::list& groups) {
 }
 
 py::object describe(const py::object& tensor) {
-  TensorView view;
+  TensorView view{};  // a function that is not what its name says may leave it as it is
   const TensorAccess& access = TensorAccess::instance();
   if (!guarded([&] { return access.read(tensor.ptr(), &view); })) return py::none();
   const std::vector<int64_t> shape(view.dl.shape, view.dl.shape + view.dl.ndim);
@@ -307,7 +309,7 @@ py::object grad_pointer(const py::object& param) {
   return guarded([&]() -> py::object {
     const TensorAccess& access = TensorAccess::instance();
     const host::GradRef grad = access.grad(param.ptr());
-    TensorView view;
+    TensorView view{};
     if (grad.none() || !access.read(grad, &view)) return py::none();
     return py::int_(reinterpret_cast<uintptr_t>(view.dl.data) + view.dl.byte_offset);
   });
@@ -342,21 +344,68 @@ py::dict build_info() {
   info["openmp"] = py::none();
 #endif
   info["tensor_access"] = TensorAccess::instance().name();
+  const char* reader = TensorAccess::instance().reader();
+  if (reader != nullptr) info["tensor_reader"] = reader;
   return info;
 }
 
-void use_direct(int64_t tensor_offset, uintptr_t to_dlpack, uintptr_t grad, uintptr_t is_neg,
-                uintptr_t bump_version, uintptr_t undefined_impl) {
-  if (tensor_offset <= 0 || to_dlpack == 0 || grad == 0 || is_neg == 0 || bump_version == 0 ||
-      undefined_impl == 0)
-    throw py::value_error("use_direct takes a positive offset and addresses that are not null");
-  host::DirectFunctions f;
+using Addresses = std::map<std::string, uintptr_t>;
+
+template <class F>
+void take(const Addresses& functions, const char* name, F** member) {
+  const auto found = functions.find(name);
+  if (found == functions.end() || found->second == 0)
+    throw py::value_error(std::string("use_direct needs the address of ") + name);
+  *member = reinterpret_cast<F*>(found->second);
+}
+
+// dtypes: DLPack's (code, bits) by torch's number; devices: DLPack's type by torch's number.
+void take_shim(const Addresses& functions, const std::map<int, std::pair<int, int>>& dtypes,
+               const std::map<int, int>& devices, host::ShimFunctions* shim) {
+  take(functions, "has_storage", &shim->has_storage);
+  take(functions, "dtype", &shim->dtype);
+  take(functions, "device_type", &shim->device_type);
+  take(functions, "device_index", &shim->device_index);
+  take(functions, "dim", &shim->dim);
+  take(functions, "sizes", &shim->sizes);
+  take(functions, "strides", &shim->strides);
+  take(functions, "data_ptr", &shim->data_ptr);
+  for (const auto& [number, type] : dtypes) {
+    if (number < 0 || number >= host::ShimFunctions::kDtypes)
+      throw py::value_error("use_direct got the dtype " + std::to_string(number));
+    const auto [code, bits] = type;
+    shim->dtypes[number] = {static_cast<uint8_t>(code), static_cast<uint8_t>(bits), 1};
+  }
+  for (const auto& [number, type] : devices) {
+    if (number < 0 || number >= host::ShimFunctions::kDevices)
+      throw py::value_error("use_direct got the device type " + std::to_string(number));
+    shim->devices[number] = type;
+  }
+}
+
+void use_direct(const std::string& reader, int64_t tensor_offset, uintptr_t undefined_impl,
+                const Addresses& functions, const std::map<int, std::pair<int, int>>& dtypes,
+                const std::map<int, int>& devices) {
+  if (tensor_offset <= 0 || undefined_impl == 0)
+    throw py::value_error("use_direct takes a positive offset and an address that is not null");
+  host::DirectFunctions f{};
   f.tensor_offset = tensor_offset;
-  f.to_dlpack = reinterpret_cast<decltype(f.to_dlpack)>(to_dlpack);
-  f.grad = reinterpret_cast<decltype(f.grad)>(grad);
-  f.is_neg = reinterpret_cast<decltype(f.is_neg)>(is_neg);
-  f.bump_version = reinterpret_cast<decltype(f.bump_version)>(bump_version);
   f.undefined_impl = reinterpret_cast<const void*>(undefined_impl);
+  take(functions, "grad", &f.grad);
+  take(functions, "is_neg", &f.is_neg);
+  take(functions, "bump_version", &f.bump_version);
+  if (reader == "read_only") {
+    f.reader = host::Reader::kReadOnly;
+    take(functions, "to_dlpack_read_only", &f.to_dlpack_read_only);
+  } else if (reader == "two_arguments") {
+    f.reader = host::Reader::kTwoArguments;
+    take(functions, "to_dlpack", &f.to_dlpack);
+  } else if (reader == "shim") {
+    f.reader = host::Reader::kShim;
+    take_shim(functions, dtypes, devices, &f.shim);
+  } else {
+    throw py::value_error("reader must be read_only, two_arguments or shim, got '" + reader + "'");
+  }
   TensorAccess::instance().use_direct(f);
 }
 
@@ -475,8 +524,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("squared_norm", &squared_norm_of, py::arg("tensors"), py::arg("threads"));
   m.def("scale_", &scale, py::arg("tensors"), py::arg("coef"), py::arg("limit"),
         py::arg("threads"));
-  m.def("use_direct", &use_direct, py::arg("tensor_offset"), py::arg("to_dlpack"), py::arg("grad"),
-        py::arg("is_neg"), py::arg("bump_version"), py::arg("undefined_impl"));
+  m.def("use_direct", &use_direct, py::arg("reader"), py::arg("tensor_offset"),
+        py::arg("undefined_impl"), py::arg("functions"), py::arg("dtypes"), py::arg("devices"));
   m.def(
       "use_dlpack",
       [](const py::object& capsule) {

@@ -120,6 +120,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{name:15} {value or 'not there'}")
     print(f"{'devices':15} {', '.join(data['devices'])}")
     for name, value in data["native"].items():
+        if name == "openmp" and value is None:
+            value = "no: the compiler had none; a step runs on one thread"
         if name != "cuda_device_type":
             print(f"{name:15} {value}")
     for way, reason in data["rejected tensor access"].items():

@@ -21,7 +21,7 @@ NormGroups = tuple[Any, ...]
 def _dtensor() -> type | None:
     """The class DTensor, None where nobody can have made one."""
     module = sys.modules.get("torch.distributed.tensor")
-    return None if module is None else module.DTensor
+    return getattr(module, "DTensor", None)  # also while the module is being imported
 
 
 def is_dtensor(tensor: Any) -> bool:

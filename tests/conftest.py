@@ -8,6 +8,7 @@ import torch
 
 from fusedopt import _native
 from fusedopt.backends import triton
+from tests.helpers import in_use
 
 
 def pytest_configure() -> None:
@@ -36,11 +37,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(skip)
 
 
-@pytest.fixture(params=list(_native.WAYS))
+@pytest.fixture(params=[*_native.BY_READER, "dlpack", "python"])
 def tensor_access(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each way in which C++ reads tensors, in turn."""
-    assert _native._C is not None
-    before = _native._C.build_info()["tensor_access"]
-    _native.use_tensor_access(request.param)
-    yield request.param
-    _native.use_tensor_access(before)
+    """Each way in which C++ reads tensors, in turn, and each reader of the direct one."""
+    with in_use(request.param):
+        yield request.param

@@ -10,14 +10,17 @@ import os
 import socket
 import tempfile
 import traceback
+import unittest
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
 Body = Callable[[int, int], None]
+SKIPPED = "skipped: "
 
 # What ranks import for seconds each, imported once by the process that they are forked from.
 multiprocessing.set_forkserver_preload(
@@ -44,6 +47,9 @@ def _rank(rank: int, ranks: int, port: int, folder: str, bodies: dict[str, Body]
             body(rank, ranks)
             outcomes[name] = ""
             dist.barrier()
+        except unittest.SkipTest as reason:  # on all ranks alike, before they have spoken
+            outcomes[name] = f"{SKIPPED}{reason}"
+            dist.barrier()  # one that leaves early would break the others' connections
         except Exception:
             outcomes[name] = traceback.format_exc()
             break  # the ranks are no longer in step
@@ -72,14 +78,20 @@ def run(ranks: int, bodies: dict[str, Body]) -> dict[str, str]:
     }
 
 
+def judge(outcome: str) -> None:
+    """Skips the test where the ranks did, and fails it where one of them failed."""
+    if outcome.startswith(f"rank 0: {SKIPPED}"):
+        pytest.skip(outcome.splitlines()[0])
+    assert not outcome, outcome
+
+
 def run_one(ranks: int, body: Body) -> None:
     """Runs one body.
 
     Raises:
         AssertionError: what went wrong on which rank.
     """
-    outcome = run(ranks, {"body": body})["body"]
-    assert not outcome, outcome
+    judge(run(ranks, {"body": body})["body"])
 
 
 class Registry:

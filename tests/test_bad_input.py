@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import subprocess
 import sys
@@ -152,7 +151,7 @@ def test_sparse_gradients_as_torch() -> None:
         ours.grad, theirs.grad = sparse, sparse
         if fused is fusedopt.FusedAdamW:
             for cls, p in ((fused, ours), (plain, theirs)):
-                with pytest.raises(RuntimeError, match="Adam does not support sparse gradients"):
+                with pytest.raises(RuntimeError, match=r"AdamW? does not support sparse gradients"):
                     cls([p]).step()
         else:
             for backend in BACKENDS:
@@ -273,6 +272,7 @@ ENTRY_POINTS = {
     "bump_versions": (_C.bump_versions, 1),
     "squared_norm": (_C.squared_norm, 2),
     "scale_": (_C.scale_, 4),
+    "use_direct": (_C.use_direct, 6),
     "use_dlpack": (_C.use_dlpack, 1),
     "set_types": (_C.set_types, 2),
 }
@@ -324,14 +324,6 @@ def test_refresh_fuzzed_inside_a_valid_group(
         assert torch.equal(good, before)
     finally:
         _PLAN.roll_back()
-
-
-@pytest.mark.parametrize(
-    "arguments", list(itertools.product([0, 8], [0, 1], [0, 1], [0, 1], [0, 1], [0]))
-)
-def test_null_addresses_are_refused(arguments: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match="addresses that are not null"):
-        _C.use_direct(*arguments)
 
 
 def test_outputs_of_a_wrong_type_are_refused() -> None:

@@ -13,7 +13,7 @@ from torch.nn import Parameter
 
 import fusedopt
 from fusedopt import FusedAdam, FusedAdamW, FusedOptimizer
-from tests import life
+from tests import life, old_torch
 from tests.helpers import TORCH, assert_close_to, make_params, params_of, run
 from tests.life import FLAVOURS, flavour, mark, torch_optimizer
 
@@ -107,6 +107,7 @@ def test_fuse_with_tensor_hyperparameters(backend: str) -> None:
     assert_close_to(subject, oracle)
 
 
+@old_torch.needs_decoupled_adam
 def test_fuse_of_decoupled_adam(backend: str) -> None:
     source, oracle = (
         torch.optim.Adam(

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 import fusedopt
-from fusedopt import backends
+from fusedopt import _native, backends
+from fusedopt.tensor_access import DEVICES, describe
 from tests.cases import CASES, DTYPES, SHORT, Case, make_params, new_grads
 
 pytestmark = pytest.mark.gpu
@@ -453,3 +454,19 @@ def test_checkpoints_pass_between_devices_and_torch(backend: str) -> None:
     for p, d, h in zip(optimizer.param_groups[0]["params"], device, host, strict=True):
         torch.testing.assert_close(d, p)
         assert_agree(backend, [h.detach()], [p.detach().cpu()])
+
+
+def test_tensors_on_the_gpu_are_read_as_python_sees_them(tensor_access: str) -> None:
+    assert _native._C is not None
+    for tensor in (
+        torch.ones(3, 4, device="cuda").t(),
+        torch.ones((), device="cuda", dtype=torch.bfloat16),
+        torch.ones(5, device="cuda", dtype=torch.float64)[1:],
+        torch.zeros(0, 3, device="cuda", dtype=torch.float16),
+    ):
+        seen = _native._C.describe(tensor)
+        assert seen == describe(tensor)
+        assert seen[1:3] == (DEVICES["cuda"], tensor.device.index)
+    sparse = torch.eye(3, device="cuda").to_sparse()
+    negated = torch.tensor([1 + 2j], device="cuda").conj().imag
+    assert [_native._C.describe(t) for t in (sparse, negated)] == [None, None]

@@ -13,7 +13,7 @@ import torch
 
 import fusedopt
 from fusedopt import _native
-from tests import oracle
+from tests import old_torch, oracle
 from tests.cases import (
     BACKENDS,
     CASES,
@@ -54,6 +54,7 @@ MIXED = [
 ]
 
 
+@old_torch.needs_grads_of_other_dtypes
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", SHORT, ids=str)
 def test_mixed_dtypes_in_one_group(case: Case, backend: str) -> None:

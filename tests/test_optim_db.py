@@ -250,6 +250,7 @@ def test_sparse_gradients(cls: type[FusedOptimizer], driver: str) -> None:
         assert not errors
     else:
         assert len(errors) == 6
-        assert len(set(errors)) == 1
+        # Until torch 2.6 its AdamW has a message of its own.
+        assert len({error.replace("AdamW", "Adam").partition(",")[0] for error in errors}) == 1
     for p, q in zip(*map(params_of, both), strict=True):
         assert_close(p.detach(), q.detach())

@@ -76,7 +76,8 @@ def test_wheel_from_the_sdist(sdist: Path, tmp_path: Path) -> None:
     """pip's isolated build, which has no torch, of the sdist; then an import from elsewhere."""
     with tarfile.open(sdist) as archive:
         names = archive.getnames()
-    for wanted in ("csrc/rules/adamw.h", "csrc/cpu/kernels.h", "tests/cases.py", "LICENSE"):
+    wanted_files = ("csrc/rules/adamw.h", "csrc/cpu/kernels.h", "tests/cases.py", "LICENSE")
+    for wanted in (*wanted_files, "/setup_cuda.py"):
         assert any(name.endswith(wanted) for name in names), wanted
     run([*PIP, "wheel", "--no-deps", "-w", str(tmp_path), str(sdist)], tmp_path,
         FUSEDOPT_REQUIRE_NATIVE="1", FUSEDOPT_CUDA_ARCHS="90")  # fmt: skip
@@ -133,7 +134,8 @@ def test_a_failing_build_is_an_error_where_asked(sdist: Path, tmp_path: Path) ->
 def test_report(capsys: pytest.CaptureFixture[str]) -> None:
     assert report.main([]) == 0
     shown = capsys.readouterr().out
-    for word in ("torch", "cpu_level", "cuda_archs", "self-test passed", "served by: cpu"):
+    words = ("torch", "cpu_level", "cuda_archs", "self-test passed", "served by: cpu")
+    for word in (*words, "tensor_access   direct", "tensor_reader   "):
         assert word in shown
     assert report.main(["--json"]) == 0
     data = json.loads(capsys.readouterr().out)
@@ -142,6 +144,18 @@ def test_report(capsys: pytest.CaptureFixture[str]) -> None:
     assert data["chosen"]["cpu"] == "cpu"
     for entry in data["backends"].values():
         assert entry["available"] == (entry["reason"] is None)
+
+
+def test_report_of_a_build_without_openmp(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = report.report()
+    data["native"]["openmp"] = None
+    monkeypatch.setattr(report, "report", lambda: data)
+    assert report.main([]) == 0
+    assert "openmp          no: the compiler had none; a step runs on one thread" in (
+        capsys.readouterr().out
+    )
 
 
 def test_report_fails_with_the_self_test(

@@ -63,13 +63,59 @@ const char* TensorAccess::name() const {
   return "python";
 }
 
+const char* TensorAccess::reader() const {
+  if (way_ != Way::kDirect) return nullptr;
+  switch (direct_.reader) {
+    case Reader::kReadOnly:
+      return "read_only";
+    case Reader::kTwoArguments:
+      return "two_arguments";
+    case Reader::kShim:
+      break;
+  }
+  return "shim";
+}
+
 bool TensorAccess::read_direct(const void* tensor, TensorView* out) const {
   try {
-    direct_.to_dlpack(tensor, &out->dl);
+    switch (direct_.reader) {
+      case Reader::kReadOnly:
+        direct_.to_dlpack_read_only(tensor, &out->dl, false);
+        break;
+      case Reader::kTwoArguments:
+        direct_.to_dlpack(tensor, &out->dl);
+        break;
+      case Reader::kShim:
+        if (!read_shim(tensor, &out->dl)) return false;
+        break;
+    }
     return !direct_.is_neg(tensor);
   } catch (const std::exception&) {
     return false;  // a sparse or otherwise indescribable tensor: the caller resolves it
   }
+}
+
+// The order matters: the functions below print what libtorch throws, so a sparse tensor, which has
+// no storage, and one on a device without memory are turned away before they are asked for it.
+bool TensorAccess::read_shim(const void* tensor, dlpack::Tensor* out) const {
+  const ShimFunctions& shim = direct_.shim;
+  if (!shim.has_storage(*static_cast<const void* const*>(tensor))) return false;
+  int32_t dtype = 0, device = 0, index = 0;
+  if (shim.dtype(tensor, &dtype) != 0 || shim.device_type(tensor, &device) != 0) return false;
+  if (dtype < 0 || dtype >= ShimFunctions::kDtypes || device < 0 ||
+      device >= ShimFunctions::kDevices)
+    return false;
+  out->dtype = shim.dtypes[dtype];
+  if (out->dtype.lanes == 0 || shim.devices[device] == 0) return false;
+  int64_t dim = 0;
+  if (shim.device_index(tensor, &index) != 0 || shim.dim(tensor, &dim) != 0 ||
+      shim.sizes(tensor, &out->shape) != 0 || shim.strides(tensor, &out->strides) != 0 ||
+      shim.data_ptr(tensor, &out->data) != 0)
+    return false;
+  out->device = {shim.devices[device], index < 0 ? 0 : index};
+  out->ndim = static_cast<int32_t>(dim);
+  out->byte_offset = 0;
+  return true;
 }
 
 bool TensorAccess::read_object(PyObject* tensor, TensorView* out) const {

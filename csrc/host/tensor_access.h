@@ -2,8 +2,9 @@
 //
 // Three ways, the fastest that works is used (times on one 2.5 GHz core):
 //   direct   25 ns  libtorch's own functions, found by name in the loaded library, called on the
-//                   at::Tensor inside the Python object. fusedopt/_native.py finds its offset and
-//                   checks every function against Python's view of real tensors before it is used.
+//                   at::Tensor inside the Python object. fusedopt/tensor_access.py finds its offset
+//                   and checks all of them against Python's view of real tensors before they are
+//                   used. Which function describes a tensor depends on the version: see Reader.
 //   dlpack  130 ns  the C table torch.Tensor.__dlpack_c_exchange_api__ (torch >= 2.10)
 //   python    5 us  a Python function that returns pointer, dtype, device, shape and strides
 //
@@ -31,14 +32,42 @@ struct TensorView {
   }
 };
 
+// The function of libtorch that describes a tensor: each signature is a member of its own, so that
+// none is called as another.
+enum class Reader {
+  kReadOnly,      // at::toDLPackNonOwning(tensor, out, bool read_only), torch >= 2.14
+  kTwoArguments,  // at::toDLPackNonOwning(tensor, out), torch 2.10 to 2.13
+  kShim,          // the C functions that code of AOTInductor calls
+};
+
+// aoti_torch_get_*: 0, or an error code where libtorch has thrown.
+struct ShimFunctions {
+  bool (*has_storage)(const void* tensor_impl);  // c10::TensorImpl::has_storage
+  int32_t (*dtype)(const void* tensor, int32_t* out);
+  int32_t (*device_type)(const void* tensor, int32_t* out);
+  int32_t (*device_index)(const void* tensor, int32_t* out);
+  int32_t (*dim)(const void* tensor, int64_t* out);
+  int32_t (*sizes)(const void* tensor, int64_t** out);
+  int32_t (*strides)(const void* tensor, int64_t** out);
+  int32_t (*data_ptr)(const void* tensor, void** out);
+  // By torch's numbers; all zeros for what is not read.
+  static constexpr int kDtypes = 64, kDevices = 32;
+  dlpack::DataType dtypes[kDtypes];
+  int32_t devices[kDevices];
+};
+
 // Addresses of libtorch functions; at::Tensor is passed by address.
 struct DirectFunctions {
-  int64_t tensor_offset;  // of the at::Tensor in the Python object, bytes
-  void (*to_dlpack)(const void* tensor, dlpack::Tensor* out);  // at::toDLPackNonOwning
-  const void* (*grad)(const void* tensor_impl);                // c10::TensorImpl::grad
-  bool (*is_neg)(const void* tensor);                          // at::native::is_neg
-  void (*bump_version)(const void* tensor);  // torch::autograd::impl::bump_version
-  const void* undefined_impl;                // the TensorImpl of "no tensor"
+  int64_t tensor_offset;                         // of the at::Tensor in the Python object, bytes
+  const void* undefined_impl;                    // the TensorImpl of "no tensor"
+  const void* (*grad)(const void* tensor_impl);  // c10::TensorImpl::grad
+  bool (*is_neg)(const void* tensor);            // at::native::is_neg
+  void (*bump_version)(const void* tensor);      // torch::autograd::impl::bump_version
+  Reader reader;
+  // Of the reader alone; the others are null.
+  void (*to_dlpack_read_only)(const void* tensor, dlpack::Tensor* out, bool read_only);
+  void (*to_dlpack)(const void* tensor, dlpack::Tensor* out);
+  ShimFunctions shim;
 };
 
 // The gradient of a param: none, a libtorch tensor (direct), or a Python object.
@@ -59,6 +88,7 @@ class TensorAccess {
   // `base` is torch.Tensor; `plain` are the classes that add no behaviour to it.
   void set_types(PyObject* base, PyObject* plain);
   const char* name() const;
+  const char* reader() const;  // null but for the direct way
 
   // Whether the object is a torch.Tensor or one of the subclasses without behaviour of its own.
   bool is_plain(PyObject* object) const {
@@ -110,6 +140,7 @@ class TensorAccess {
     for (int line = 0; line < 3; ++line) __builtin_prefetch(impl + 64 * line);
   }
   bool read_direct(const void* tensor, TensorView* out) const;
+  bool read_shim(const void* tensor, dlpack::Tensor* out) const;
   bool read_object(PyObject* tensor, TensorView* out) const;
 
   Way way_ = Way::kPython;
