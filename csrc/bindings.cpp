@@ -13,6 +13,7 @@
 
 #include "cpu/apply.h"
 #include "cpu/level.h"
+#include "cpu/threads.h"
 #include "cuda/launch.h"
 #include "host/cpu_step.h"
 #include "host/cuda_step.h"
@@ -464,6 +465,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("squared_norm", &squared_norm_of, py::arg("tensors"), py::arg("threads"));
   m.def("scale_", &scale, py::arg("tensors"), py::arg("coef"), py::arg("limit"),
         py::arg("threads"));
+  m.def(
+      "limit_threads", [](int threads) { cpu::thread_limit = checked_threads(threads); },
+      py::arg("threads"));
   m.def("use_direct", &use_direct, py::arg("tensor_offset"), py::arg("to_dlpack"), py::arg("grad"),
         py::arg("is_neg"), py::arg("bump_version"), py::arg("undefined_impl"));
   m.def(
