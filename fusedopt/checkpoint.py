@@ -24,19 +24,25 @@ _FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def with_steps_on_cpu(state_dict: dict[str, Any]) -> dict[str, Any]:
-    """The same state_dict with step counts that lie on a device copied to the CPU, all of a device
-    in one copy."""
+    """The same state_dict with each step count as a 0-dim float32 CPU tensor; those of one device
+    are copied together."""
     away: dict[torch.device, list[Any]] = {}
     for key, entry in state_dict["state"].items():
         step = entry.get("step")
         if isinstance(step, Tensor) and step.device.type != "cpu":
             away.setdefault(step.device, []).append(key)
+        elif isinstance(step, Tensor) and (step.ndim != 0 or step.dtype != torch.float32):
+            state_dict["state"][key] = {**entry, "step": as_step(step)}
     for keys in away.values():
-        steps = torch.stack([state_dict["state"][key]["step"] for key in keys]).cpu()
+        steps = torch.stack([_scalar(state_dict["state"][key]["step"]) for key in keys]).cpu()
         for key, step in zip(keys, steps.unbind(), strict=True):
             # A copy of the dict: this one is the optimizer's own.
             state_dict["state"][key] = {**state_dict["state"][key], "step": step.clone()}
     return state_dict
+
+
+def _scalar(step: Tensor) -> Tensor:
+    return step.detach().reshape(()).to(torch.float32)
 
 
 def load(optimizer: FusedOptimizer, state_dict: dict[str, Any]) -> None:

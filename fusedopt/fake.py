@@ -10,7 +10,9 @@ from torch import Tensor
 
 from fusedopt import distributed
 
-_modes = torch._C._len_torch_dispatch_stack
+_count_of_modes = torch._C._len_torch_dispatch_stack
+_mode = torch._C._get_dispatch_mode
+_KEYS = torch._C._TorchDispatchModeKey
 
 
 def is_fake(tensor: Any) -> bool:
@@ -24,12 +26,17 @@ def is_fake(tensor: Any) -> bool:
 
 def mode_is_active() -> bool:
     """Whether a FakeTensorMode is entered, so that each new tensor is a fake one."""
-    return bool(_modes()) and torch._guards.active_fake_mode() is not None
+    return _mode(_KEYS.FAKE) is not None
+
+
+def is_traced() -> bool:
+    """Whether make_fx records the ops, and wants to see all of them."""
+    return _mode(_KEYS.PROXY) is not None
 
 
 def concerns(param_groups: list[dict[str, Any]]) -> bool:
-    """Whether a step over these params is one without values."""
-    if _modes() and mode_is_active():
+    """Whether a step over these params is one without values, or has to be seen op by op."""
+    if _count_of_modes() and (mode_is_active() or is_traced()):
         return True
     for group in param_groups:
         for first in group["params"]:

@@ -9,8 +9,8 @@ from torch.optim.optimizer import Optimizer
 
 from fusedopt.adamw import FusedAdam, FusedAdamW
 from fusedopt.optimizer import FusedOptimizer
-from fusedopt.plan import as_step
 from fusedopt.sgd import FusedSGD
+from fusedopt.step_count import as_step, stays
 
 # Subclasses before their bases.
 _FUSED: tuple[tuple[type[Optimizer], type[FusedOptimizer]], ...] = (
@@ -44,7 +44,7 @@ def fuse(optimizer: Optimizer, **options: Any) -> FusedOptimizer:
     fused: FusedOptimizer = target(groups, **{**defaults, **options})
     for param, entry in optimizer.state.items():
         fused.state[param] = {
-            key: as_step(value) if key == "step" else value
+            key: value if key != "step" or stays(value, param.device) else as_step(value)
             for key, value in entry.items()
             if value is not None
         }

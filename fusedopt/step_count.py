@@ -1,4 +1,4 @@
-"""Step counts, `state[param]["step"]`: read from whatever holds them, and counted on where they are.
+"""Step counts, `state[param]["step"]`: read from whatever holds them, and counted on in it.
 
 fusedopt makes them 0-dim float32 tensors. A program may keep its own: a number, or a one-element
 tensor of another shape, dtype or device, which other processes may share. A tensor stays the object

@@ -5,11 +5,13 @@ All that can be known to be wrong is found while the table is built, before anyt
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from fusedopt import distributed, fake, step_count
 from fusedopt.plan import Host, name_of
@@ -24,7 +26,7 @@ class Row:
     """One tensor of the step; `state` holds the tensors in use, in the rule's order. `owner` is the
     param as the optimizer has it: a DTensor, where the others are this rank's shards. `entry` is
     its state, which holds the step count. `group` holds the rule's hyperparameters as numbers, and
-    `maximize`. `valueless` says that the tensors are fake or meta ones."""
+    `maximize`. `valueless` says that there is nothing to compute: fake or meta tensors."""
 
     owner: Tensor
     param: Tensor
@@ -143,9 +145,7 @@ def _row(
             "active FakeTensorMode"
         )
     if not (param.is_floating_point() or param.is_complex()):
-        raise RuntimeError(
-            f"{where} must be a floating-point or complex tensor, got {param.dtype}"
-        )
+        raise RuntimeError(f"{where} must be a floating-point or complex tensor, got {param.dtype}")
     if grad.layout != torch.strided:
         dense = host.resolve(grad, "grad", g, i, param)
         grad = grad if dense is None else dense
@@ -172,16 +172,22 @@ def _row(
         tensor = distributed.local_tensor(entry[name], param)
         _check(f"the {name} of {where}", tensor, local)
         tensors.append(tensor)
-    valueless = fake.is_fake(local) or local.is_meta
+    valueless = local.is_meta or (fake.is_fake(local) and not fake.is_traced())
     if rule.has_step:
         if "step" not in entry:
             table.set(entry, "step", host.new_state(param, "step"))
-        try:
-            if not fake.is_fake(entry["step"]):
-                step_count.number(entry["step"])
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"the step of {where}: {error}") from None
+        _check_step(where, entry["step"], valueless)
     return Row(param, local, grad, tensors, entry, group, first, valueless)
+
+
+def _check_step(where: str, step: Any, valueless: bool) -> None:
+    if valueless and fake.is_fake(step):
+        return
+    try:
+        with _disable_current_modes() if valueless else nullcontext():  # fake param, real count
+            step_count.number(step)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"the step of {where}: {error}") from None
 
 
 def _check(what: str, tensor: Any, param: Tensor, written: bool = True) -> None:
