@@ -15,6 +15,7 @@
 
 #include "cpu/apply.h"
 #include "cpu/level.h"
+#include "cpu/threads.h"
 #include "cuda/launch.h"
 #include "host/cpu_step.h"
 #include "host/cuda_step.h"
@@ -524,6 +525,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("squared_norm", &squared_norm_of, py::arg("tensors"), py::arg("threads"));
   m.def("scale_", &scale, py::arg("tensors"), py::arg("coef"), py::arg("limit"),
         py::arg("threads"));
+  m.def(
+      "limit_threads", [](int threads) { cpu::thread_limit = checked_threads(threads); },
+      py::arg("threads"));
   m.def("use_direct", &use_direct, py::arg("reader"), py::arg("tensor_offset"),
         py::arg("undefined_impl"), py::arg("functions"), py::arg("dtypes"), py::arg("devices"));
   m.def(

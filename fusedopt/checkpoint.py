@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from fusedopt import foreign, options
-from fusedopt.plan import as_step, is_sparse, name_of
+from fusedopt.plan import is_sparse, name_of
+from fusedopt.step_count import as_step
 
 if TYPE_CHECKING:
     from fusedopt.optimizer import FusedOptimizer

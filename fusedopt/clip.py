@@ -9,13 +9,19 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from fusedopt import fake
 from fusedopt._native import _C
 from fusedopt.backends import cuda
+from fusedopt.forked import on_one_thread
 
 
-def _gradients(parameters: Tensor | Iterable[Tensor]) -> list[Tensor]:
-    params = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+def _gradients(params: list[Tensor]) -> list[Tensor]:
     return [p.grad for p in params if p.grad is not None]
+
+
+def _without_values(tensors: list[Tensor]) -> bool:
+    """Whether torch shall have them: fake tensors, or any under an active FakeTensorMode."""
+    return fake.mode_is_active() or any(fake.is_fake(t) for t in tensors[:1])
 
 
 def _norm_dtype(tensors: list[Tensor]) -> torch.dtype:
@@ -60,6 +66,7 @@ def _norm(
     return torch.tensor(norm, dtype=_norm_dtype(tensors), device="cpu"), norm
 
 
+@on_one_thread
 @torch.no_grad()
 def get_total_norm(
     tensors: Tensor | Iterable[Tensor],
@@ -85,6 +92,8 @@ def get_total_norm(
         RuntimeError: a non-finite norm with error_if_nonfinite=True.
     """
     tensors = [tensors] if isinstance(tensors, Tensor) else list(tensors)
+    if _without_values(tensors):
+        return torch.nn.utils.get_total_norm(tensors, norm_type, error_if_nonfinite, foreach)
     return _norm(tensors, float(norm_type), error_if_nonfinite, foreach)[0]
 
 
@@ -99,6 +108,7 @@ def _scale(grads: list[Tensor], coef: float, limit: float) -> bool:
     return True
 
 
+@on_one_thread
 @torch.no_grad()
 def clip_grad_norm_(
     parameters: Tensor | Iterable[Tensor],
@@ -120,7 +130,12 @@ def clip_grad_norm_(
     Returns:
         The total norm before clipping, a 0-dim tensor as `get_total_norm` gives.
     """
-    grads = _gradients(parameters)
+    params = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    grads = _gradients(params)
+    if _without_values(grads):
+        return torch.nn.utils.clip_grad_norm_(
+            params, max_norm, norm_type, error_if_nonfinite, foreach
+        )
     max_norm = float(max_norm)
     if float(norm_type) == 2.0:
         if error_if_nonfinite:
@@ -142,6 +157,7 @@ def clip_grad_norm_(
     return total
 
 
+@on_one_thread
 @torch.no_grad()
 def clip_grad_value_(
     parameters: Tensor | Iterable[Tensor], clip_value: float, foreach: bool | None = None
@@ -155,5 +171,6 @@ def clip_grad_value_(
         foreach: handed to torch where torch clips.
     """
     params = [parameters] if isinstance(parameters, Tensor) else list(parameters)
-    if not _scale(_gradients(params), 1.0, float(clip_value)):
+    grads = _gradients(params)
+    if _without_values(grads) or not _scale(grads, 1.0, float(clip_value)):
         torch.nn.utils.clip_grad_value_(params, clip_value, foreach)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fusedopt import distributed
+from fusedopt import distributed, step_count
 from fusedopt.backends import Request
 from fusedopt.plan import Host, is_sparse
 from fusedopt.rule import Rule
@@ -74,8 +74,8 @@ def init_group(
         if rule.has_step:
             if "step" not in entry:
                 entry["step"] = host.new_state(param, "step").to(param.device)
-            elif not isinstance(entry["step"], Tensor):
-                host.normalise_step(param, entry)
+            elif not step_count.stays(entry["step"], param.device):
+                entry["step"] = step_count.as_step(entry["step"]).to(param.device)
             steps.append(entry["step"])
         params.append(param)
         grads.append(grad)

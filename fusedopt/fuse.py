@@ -17,9 +17,10 @@ from torch.optim.optimizer import Optimizer
 from fusedopt import checks
 from fusedopt.adamw import FusedAdam, FusedAdamW
 from fusedopt.optimizer import FusedOptimizer
-from fusedopt.plan import as_step, is_sparse
+from fusedopt.plan import is_sparse
 from fusedopt.rule import Rule
 from fusedopt.sgd import FusedSGD
+from fusedopt.step_count import as_step, stays
 
 # Subclasses before their bases.
 _FUSED: tuple[tuple[type[Optimizer], type[FusedOptimizer]], ...] = (
@@ -84,7 +85,7 @@ def fuse(optimizer: Optimizer, **options: Any) -> FusedOptimizer:
         group.update(fused._plain(group))
     for key, entry in optimizer.state.items():
         of_param = isinstance(key, Tensor) and isinstance(entry, dict)
-        fused.state[key] = _shared(entry, fused.rule) if of_param else entry
+        fused.state[key] = _shared(entry, fused.rule, key) if of_param else entry
     for name in _HOOKS:  # the dicts themselves, so that handles remove what they added
         setattr(fused, name, getattr(optimizer, name))
     if schedulers:
@@ -181,12 +182,13 @@ def _note_steps(fused: FusedOptimizer, called: bool) -> None:
     fused._opt_called = called  # type: ignore[attr-defined]
 
 
-def _shared(entry: dict[Any, Any], rule: Rule) -> dict[Any, Any]:
-    """The state of a param with the same tensors, but for a step count and what is sparse."""
+def _shared(entry: dict[Any, Any], rule: Rule, param: Tensor) -> dict[Any, Any]:
+    """The state of a param with the same tensors, but for what is sparse and for a step count that
+    cannot stay what it is."""
     state = {}
     for key, value in entry.items():
         if key == "step" and rule.has_step:
-            state[key] = as_step(value)
+            state[key] = value if stays(value, param.device) else as_step(value)
         elif key not in rule.state:
             state[key] = value
         elif value is not None:

@@ -14,8 +14,9 @@ from torch.optim.optimizer import (
     _global_optimizer_post_hooks,
     _global_optimizer_pre_hooks,
 )
+from torch.utils._python_dispatch import _disable_current_modes
 
-from fusedopt import backends, checkpoint, checks, distributed, options, shards
+from fusedopt import backends, checkpoint, checks, distributed, fake, options, shards
 from fusedopt.rule import Rule
 
 options_doc = """        maximize: maximize the objective.
@@ -179,12 +180,17 @@ class FusedOptimizer(options.InGroups, Optimizer):
     def _run(self, request: backends.Request, tensors: Any = None) -> None:
         """A step by the first backend that can serve, on other `tensors` if given: an object with
         the attributes that backends use of this one."""
+        tensors = tensors or self
+        if fake.concerns(tensors.param_groups):
+            backends.reference.step(tensors, request)
+            self._backend_in_use = "reference"
+            return
         if request.needs_norm and request.process_group is not self._checked_group:
             shards.check_norm(self)
             request.process_group = self._checked_group = self.process_group
         reasons = []
         for name, module in self._candidates:
-            reason = module.step(tensors or self, request)
+            reason = module.step(tensors, request)
             if not reason:
                 self._backend_in_use = name
                 return
@@ -243,12 +249,14 @@ class FusedOptimizer(options.InGroups, Optimizer):
     def _norm_buffer(self, device: torch.device | str) -> Tensor:
         device = torch.device(device)
         if self._norm_tensor is None or self._norm_tensor.device.type != device.type:
-            self._norm_tensor = torch.zeros((), dtype=torch.float32, device=device)
+            with _disable_current_modes():  # under a FakeTensorMode a fake one would be kept
+                self._norm_tensor = torch.zeros((), dtype=torch.float32, device=device)
         return self._norm_tensor
 
     def _skipped_buffer(self, device: torch.device | str = "cpu") -> Tensor:
         if self._skipped_tensor is None:
-            self._skipped_tensor = torch.zeros((), dtype=torch.int64, device=device)
+            with _disable_current_modes():
+                self._skipped_tensor = torch.zeros((), dtype=torch.int64, device=device)
         elif self._skipped_tensor.device.type != torch.device(device).type:
             self._skipped_tensor = self._skipped_tensor.to(device)
         return self._skipped_tensor

@@ -241,7 +241,7 @@ class Host:
     def new_state(self, *_: Any) -> Any:
         return self.answer
 
-    resolve = normalise_step = new_state
+    resolve = dense_state = borrow_step = new_state
 
 
 JUNK: list[Any] = [
@@ -249,6 +249,7 @@ JUNK: list[Any] = [
     *(torch.ones(3), torch.nn.Parameter(torch.ones(3)), torch.ones(3, dtype=torch.int32)),
     *(torch.ones(2, 2).to_sparse(), torch.ones(3, device="meta")),
     *(torch.ones(3, dtype=torch.complex64), [torch.ones(3)]),
+    *((torch.ones(()), print), (torch.ones(3), print), (torch.ones(()), 5)),
     *({"params": 3}, {"params": [None]}, [{"params": [torch.ones(3)]}], [{"params": [5]}]),
     *([{}], [3]),
 ]

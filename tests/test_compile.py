@@ -157,6 +157,57 @@ def test_loaded_state_is_used() -> None:
         assert_same(compiled, eager)
 
 
+KEPT = {
+    "one float32": torch.zeros(1),
+    "float64": torch.zeros((), dtype=torch.float64),
+    "one int64": torch.zeros(1, dtype=torch.int64),
+    "beyond float32": torch.full((), 2**24 + 5, dtype=torch.int64),
+}
+
+
+@pytest.mark.parametrize("mode", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("kind", KEPT)
+def test_a_step_count_of_another_make_is_counted_in(kind: str, backend: str, mode: str) -> None:
+    params, others = make_params(), make_params()
+    compiled, eager = (fusedopt.FusedAdamW(p, backend=backend) for p in (params, others))
+    steps = []
+    for optimizer, owned in ((compiled, params), (eager, others)):
+        for p in owned:
+            own = KEPT[kind].clone()
+            moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+            optimizer.state[p] = {"step": own, **moments}
+            steps.append(own)
+    step = torch.compile(compiled.step, backend=mode, fullgraph=True)
+    for i in range(3):
+        set_grads(i, params, others)
+        step()
+        eager.step()
+        assert_same(compiled, eager)
+    assert all(own.item() == KEPT[kind].item() + 3 for own in steps)
+    kept = [o.state[p]["step"] for o, ps in ((compiled, params), (eager, others)) for p in ps]
+    assert all(a is b for a, b in zip(kept, steps, strict=True))
+
+
+def test_a_step_count_that_cannot_stay_is_replaced() -> None:
+    value = torch.full((1,), 255, dtype=torch.bfloat16)
+    params, others = make_params(), make_params()
+    compiled, eager = fusedopt.FusedAdamW(params), fusedopt.FusedAdamW(others)
+    for optimizer, owned in ((compiled, params), (eager, others)):
+        for p in owned:
+            moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+            optimizer.state[p] = {"step": value.clone(), **moments}
+    step = torch.compile(compiled.step, backend="aot_eager", fullgraph=True)
+    for i in range(4):
+        set_grads(i, params, others)
+        step()
+        eager.step()
+        for p, q in zip(params, others, strict=True):
+            assert torch.equal(p, q)
+            assert compiled.state[p]["step"].item() == float(value) + i + 1
+            assert eager.state[q]["step"].item() == float(value) + i + 1
+
+
 def test_first_touch_of_dampened_momentum() -> None:
     params, others = make_params(), make_params()
     compiled = fusedopt.FusedSGD(params, lr=0.1, momentum=0.9, dampening=0.5)

@@ -130,8 +130,10 @@ StepResult apply_rule(const TableView& table, const StepOptions& options) {
     decide();
     update_pass();
   } else {
+    const FloatingMode mode = FloatingMode::of_this_thread();
 #pragma omp parallel num_threads(schedule.threads)
     {
+      const InFloatingMode as_caller(mode);
       if (count_squares) {
         norm_pass();
 #pragma omp barrier

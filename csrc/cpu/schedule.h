@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "core/table.h"
+#include "cpu/threads.h"
 
 namespace fusedopt::cpu {
 
@@ -36,7 +37,8 @@ struct Schedule {
       }
     }
     close_task(&open);
-    const int tasks = static_cast<int>(std::min<size_t>(task_ends.size(), max_threads));
+    const int allowed = allowed_threads(max_threads);
+    const int tasks = static_cast<int>(std::min<size_t>(task_ends.size(), allowed));
     threads = std::max(tasks, 1);  // a step of one task stays on the calling thread
   }
 

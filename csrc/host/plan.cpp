@@ -68,23 +68,39 @@ void Plan::build_or_take_back(PyObject* param_groups, PyObject* state, PyObject*
     if (!PyDict_Check(state)) raise(PyExc_TypeError, "state must be a dict");
     if (!build(param_groups)) take_back();
   } catch (...) {
-    take_back_after_error();
+    end_after_error(&Plan::take_back);
     throw;
   }
 }
 
-void Plan::take_back_after_error() {
+void Plan::end_after_error(void (Plan::*end)()) {
   PyObject *type, *value, *trace;
   PyErr_Fetch(&type, &value, &trace);
-  take_back();
+  (this->*end)();
   PyErr_Restore(type, value, trace);
 }
 
 void Plan::bump_versions() { TensorAccess::instance().bump_versions(params_); }
 
 void Plan::take_back() {
-  for (auto it = created_.rbegin(); it != created_.rend(); ++it)
-    if (PyDict_DelItem(it->dict.get(), it->key.get()) != 0) PyErr_Clear();  // removed by the user
+  for (auto it = changes_.rbegin(); it != changes_.rend(); ++it) {
+    const int failed = it->before ? PyDict_SetItem(it->dict.get(), it->key.get(), it->before.get())
+                                  : PyDict_DelItem(it->dict.get(), it->key.get());
+    if (failed) PyErr_Clear();  // removed by the user
+  }
+  clear();
+}
+
+// The step was done: its state stays.
+void Plan::keep() {
+  try {
+    bump_versions();
+    for (const Ref& give_back : give_back_)
+      Ref::checked(PyObject_CallObject(give_back.get(), nullptr));
+  } catch (...) {
+    end_after_error(&Plan::clear);
+    throw;
+  }
   clear();
 }
 
@@ -98,7 +114,8 @@ void Plan::clear() {
   // Objects die here, and code of theirs may run: still kRunning, so that it cannot step.
   candidates_.clear();
   alive_.clear();
-  created_.clear();
+  changes_.clear();
+  give_back_.clear();
   phase_ = Phase::kIdle;
 }
 

@@ -20,6 +20,7 @@
 #include "host/group_reader.h"
 #include "host/state_index.h"
 #include "host/tensor_access.h"
+#include "host/tensor_list.h"
 #include "rules/registry.h"
 
 namespace fusedopt::host {
@@ -40,10 +41,12 @@ class Plan {
 
   // One step: builds the table, and calls run(), which hands it to a driver and returns whether the
   // step was skipped. `host` is called for what is rare: new_state(param, key) for state that is
-  // missing; resolve(tensor, role, group, index, param, entry) for a plain tensor in place of
-  // a complex, sparse or otherwise odd one, or None; normalise_step(state) to replace state["step"]
-  // by a 0-dim float32 CPU tensor. Returns "" or the reason why the native drivers cannot serve
-  // these tensors; on a reason or an exception nothing has changed.
+  // missing; resolve(tensor, role, group, index, param) for a plain tensor in place of a complex,
+  // sparse or otherwise odd one, or None; dense_state(tensor, role, group, index) for a dense copy, to be kept, of a
+  // sparse state tensor, or None for any other; borrow_step(param, state) for a float32 tensor to
+  // count in where state["step"] is none on the device, and a function to call after the step that
+  // brings the count back. Returns "" or the reason why the native drivers cannot serve these
+  // tensors; on a reason or an exception nothing has changed.
   template <class Run>
   std::string step(PyObject* param_groups, PyObject* state, PyObject* host, Run run) {
     enter();
@@ -68,7 +71,7 @@ class Plan {
   TableView table() const { return {rows_, groups_, layouts_}; }
   int64_t elements() const { return elements_; }
   int device_index() const { return device_index_; }  // of all tensors
-  bool has_created_state() const { return !created_.empty(); }
+  bool has_created_state() const { return !changes_.empty(); }
   TableSource source() {
     return {table(), device_index_, host_, [this] { hold_grads(); }};
   }
@@ -91,17 +94,20 @@ class Plan {
     Ref entry;                  // the param's state dict
     Ref state[kMaxStates + 1];  // as state_keys_; null where missing
   };
-  struct Created {
+  // An entry of a dict that was set for this step, and what stood there before: null for nothing.
+  struct Change {
     Ref dict;
     Ref key;
+    Ref before;
   };
   enum class Phase { kIdle, kTable, kRunning };  // kTable: between refresh and apply
 
   // plan.cpp: the table's life.
   void enter();
   void build_or_take_back(PyObject* param_groups, PyObject* state, PyObject* host);
-  void take_back_after_error();
+  void end_after_error(void (Plan::*end)());
   void take_back();
+  void keep();
   void bump_versions();
   void clear();
 
@@ -111,14 +117,13 @@ class Plan {
     try {
       skipped = run();
     } catch (...) {
-      take_back_after_error();
+      end_after_error(&Plan::take_back);
       throw;
     }
     if (skipped) {
       take_back();
     } else {
-      bump_versions();
-      clear();
+      keep();
     }
   }
 
@@ -128,17 +133,32 @@ class Plan {
   bool find_states();
   void prefetch(size_t candidate) const;
   bool add_row(Candidate* candidate);
+  // What needs no Python: a plain tensor in memory, of a dtype that the drivers know.
+  static bool has_memory(const TensorView& view) {
+    return view.dl.data != nullptr || view.numel() == 0;
+  }
+  static bool read_plain(PyObject* object, TensorView* view, DType* dtype) {
+    const TensorAccess& access = TensorAccess::instance();
+    return access.is_plain(object) && access.read(object, view) &&
+           floating_dtype(view->dl, dtype) && has_memory(*view);
+  }
   bool read_operand(PyObject* object, int operand, TensorView* view, DType* dtype);
   bool read_grad(Candidate* candidate, TensorView* view, DType* dtype);
-  bool read_state(Candidate* candidate, Operands* operands, Row* row);
-  void read_step(Candidate* candidate, Row* row);
-  void create(Candidate* candidate, size_t key);
   bool on_device(const TensorView& view);
   bool place(const Operands& operands, int count, Row* row);
   Ref resolve(PyObject* tensor, int operand);
   std::string where() const;
   std::string role(int operand) const;
   bool refuse(const std::string& reason);
+
+  // plan_state.cpp: the state of a param.
+  bool read_state(Candidate* candidate, Operands* operands, Row* row);
+  void read_step(Candidate* candidate, Row* row);
+  Ref borrow_step(Candidate* candidate);
+  bool is_count(PyObject* step, TensorView* view) const;
+  void make_dense(Candidate* candidate, size_t key);
+  void create(Candidate* candidate, size_t key);
+  void set(Candidate* candidate, size_t key, Ref value, Ref before);
 
   const RuleId rule_;
   const dlpack::DeviceType device_;
@@ -158,7 +178,8 @@ class Plan {
   std::vector<Candidate> candidates_;
   std::vector<Ref> alive_;         // plain tensors that resolve() made
   std::vector<PyObject*> params_;  // of the rows, owned by the candidates
-  std::vector<Created> created_;
+  std::vector<Change> changes_;
+  std::vector<Ref> give_back_;  // functions that bring borrowed step counts back
   bool grads_held_ = false;
 
   Phase phase_ = Phase::kIdle;
@@ -169,7 +190,6 @@ class Plan {
   PyObject* host_ = nullptr;
   PyObject* state_ = nullptr;
   PyObject* param_ = nullptr;
-  PyObject* entry_ = nullptr;  // its state dict at the begin of the step, or null
   size_t group_index_ = 0;
   size_t param_index_ = 0;
   std::string reason_;

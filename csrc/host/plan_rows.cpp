@@ -5,7 +5,6 @@
 #include "core/dispatch.h"
 #include "host/layout.h"
 #include "host/plan.h"
-#include "host/tensor_list.h"
 
 namespace fusedopt::host {
 namespace {
@@ -50,8 +49,6 @@ class WithoutGarbageCollection {
  private:
   int was_on_;
 };
-
-bool has_memory(const TensorView& view) { return view.dl.data != nullptr || view.numel() == 0; }
 
 }  // namespace
 
@@ -173,15 +170,13 @@ void Plan::hold_grads() {
 
 Ref Plan::resolve(PyObject* tensor, int operand) {
   hold_grads();
-  return Ref::checked(PyObject_CallMethod(host_, "resolve", "OsnnOO", tensor, role(operand).c_str(),
+  return Ref::checked(PyObject_CallMethod(host_, "resolve", "OsnnO", tensor, role(operand).c_str(),
                                           static_cast<Py_ssize_t>(group_index_),
-                                          static_cast<Py_ssize_t>(param_index_), param_,
-                                          entry_ == nullptr ? Py_None : entry_));
+                                          static_cast<Py_ssize_t>(param_index_), param_));
 }
 
 bool Plan::add_row(Candidate* candidate) {
   param_ = candidate->param.get();
-  entry_ = candidate->entry.get();
   Row row{};
   row.group = static_cast<int32_t>(candidate->group);
   choose_variant(rule_, groups_[candidate->group].hyper, &row);
@@ -199,10 +194,8 @@ bool Plan::add_row(Candidate* candidate) {
 }
 
 bool Plan::read_operand(PyObject* object, int operand, TensorView* view, DType* dtype) {
+  if (read_plain(object, view, dtype)) return true;
   const TensorAccess& access = TensorAccess::instance();
-  if (access.is_plain(object) && access.read(object, view) && floating_dtype(view->dl, dtype) &&
-      has_memory(*view))
-    return true;
   Ref plain = resolve(object, operand);
   if (plain.get() == Py_None || !access.read(plain.get(), view) ||
       !floating_dtype(view->dl, dtype) || !has_memory(*view))
@@ -221,66 +214,6 @@ bool Plan::read_grad(Candidate* candidate, TensorView* view, DType* dtype) {
     return true;
   hold_grads();
   return read_operand(grad.object.get(), kGrad, view, dtype);
-}
-
-bool Plan::read_state(Candidate* candidate, Operands* operands, Row* row) {
-  if (row->states == 0 && !has_step_) return true;
-  if (!candidate->entry) {
-    candidate->entry = Ref::checked(PyDict_New());
-    hold_grads();
-    if (PyObject_SetItem(state_, candidate->param.get(), candidate->entry.get()) != 0)
-      throw PythonError{};
-    created_.push_back({Ref::borrow(state_), Ref::borrow(candidate->param.get())});
-  }
-  for (int k = 0; k < row->states; ++k) {
-    Ref& tensor = candidate->state[k];
-    if (!tensor || tensor.get() == Py_None) {
-      create(candidate, k);
-      row->first = 1;
-    }
-    const int operand = kState0 + k;
-    if (!read_operand(tensor.get(), operand, &operands->view[operand], &row->dtype[operand]))
-      return false;
-  }
-  if (has_step_) read_step(candidate, row);
-  return true;
-}
-
-void Plan::create(Candidate* candidate, size_t key) {
-  hold_grads();
-  PyObject* name = state_keys_[key];
-  Ref value =
-      Ref::checked(PyObject_CallMethod(host_, "new_state", "OO", candidate->param.get(), name));
-  if (PyDict_SetItem(candidate->entry.get(), name, value.get()) != 0) throw PythonError{};
-  created_.push_back({Ref::borrow(candidate->entry.get()), Ref::borrow(name)});
-  candidate->state[key] = std::move(value);
-}
-
-void Plan::read_step(Candidate* candidate, Row* row) {
-  const TensorAccess& access = TensorAccess::instance();
-  const size_t key = state_keys_.size() - 1;
-  Ref& step = candidate->state[key];
-  TensorView view;
-  const auto good = [&] {
-    return access.is_plain(step.get()) && access.read(step.get(), &view) && view.dl.ndim == 0 &&
-           view.dl.device.type == device_ && view.dl.device.index == device_index_ &&
-           view.dl.dtype.code == dlpack::kFloat && view.dl.dtype.bits == 32 &&
-           view.dl.data != nullptr;
-  };
-  if (!step) create(candidate, key);
-  if (!good()) {
-    hold_grads();
-    PyObject* entry = candidate->entry.get();
-    Ref::checked(PyObject_CallMethod(host_, "normalise_step", "OO", candidate->param.get(), entry));
-    step = Ref::borrow(PyDict_GetItemWithError(entry, state_keys_[key]));
-    if (!step || !good())
-      raise(PyExc_TypeError,
-            "the step of " + where() + " must be a number or a one-element tensor");
-  }
-  row->step = static_cast<float*>(view.dl.data);
-  if (device_ == dlpack::kCPU && !(*row->step >= 0))
-    raise(PyExc_ValueError,
-          "the step of " + where() + " must be a number >= 0, got " + std::to_string(*row->step));
 }
 
 bool Plan::on_device(const TensorView& view) {

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fusedopt import distributed
-from fusedopt.plan import Host, as_step
+from fusedopt.plan import Host
 from fusedopt.rule import Rule
 
 if TYPE_CHECKING:
@@ -80,9 +80,6 @@ class DeviceHost(DeviceMemory, Host):
         if capturing(self.device):
             raise RuntimeError("run one step before a CUDA graph is captured: it makes the state")
         return super().new_state(param, key).to(param.device)
-
-    def normalise_step(self, param: Tensor, state: dict[str, Any]) -> None:
-        state["step"] = as_step(state["step"]).to(param.device)
 
 
 @dataclass

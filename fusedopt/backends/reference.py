@@ -10,10 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
+from torch.utils._python_dispatch import _disable_current_modes
 
-from fusedopt import distributed
-from fusedopt.plan import Row, collect
+from fusedopt import distributed, fake, step_count
+from fusedopt.forked import on_one_thread
 from fusedopt.rule import Rule
+from fusedopt.table import Row, collect
 
 # The first call of a vector-library op in a process can be inexact in torch where several threads
 # share it (https://github.com/pytorch/pytorch/issues/188792); one element takes one thread.
@@ -29,18 +32,37 @@ def unavailable() -> str:
     return ""
 
 
+@on_one_thread
 @torch.no_grad()
 def step(optimizer: FusedOptimizer, request: Request) -> str:
     rule = optimizer.rule
-    for index, group in enumerate(optimizer.param_groups):
-        optimizer.check_values(group, f"param_groups[{index}]")
-    table = collect(rule, optimizer.param_groups, optimizer.state)
+    table = collect(rule, optimizer.param_groups, optimizer.state, optimizer.check_values)
+    factor: float | None = 1.0
+    if not table.rows or any(not row.valueless for row in table.rows):
+        try:
+            factor = _factor(optimizer, request, table.rows)
+        except BaseException:
+            table.roll_back()
+            raise
+    if factor is None:
+        table.roll_back()
+        return ""
+    for row in table.rows:
+        if row.valueless:
+            _update_without_values(rule, row)
+        else:
+            _update(rule, row, factor, request.clip_grad_value)
+    return ""
+
+
+def _factor(optimizer: FusedOptimizer, request: Request, rows: list[Row]) -> float | None:
+    """What unscaling and clipping multiply the gradients with; None where the step is skipped."""
     scale = 1.0 if request.grad_scale is None else float(request.grad_scale)
     skipped = request.found_inf is not None and float(request.found_inf) != 0
     coef = 1.0
-    device = table.rows[0].param.device if table.rows else torch.device("cpu")
+    device = rows[0].param.device if rows else torch.device("cpu")
     if request.needs_norm:
-        total_norm = _total_square(optimizer, table.rows, request.process_group, device).sqrt()
+        total_norm = _total_square(optimizer, rows, request.process_group, device).sqrt()
         total_norm = total_norm / scale
         optimizer._norm_buffer(device).copy_(total_norm)
         norm = float(total_norm)
@@ -49,12 +71,22 @@ def step(optimizer: FusedOptimizer, request: Request) -> str:
             coef = 1.0 if ratio > 1 else ratio
         skipped |= request.skip_nonfinite and not bool(total_norm.isfinite())
     if skipped:
-        table.roll_back()
         optimizer._skipped_buffer(device).add_(1)
-        return ""
-    for row in table.rows:
-        _update(rule, row, coef / scale, request.clip_grad_value)
-    return ""
+        return None
+    return coef / scale
+
+
+def _update_without_values(rule: Rule, row: Row) -> None:
+    """A step over a fake or meta tensor. Its state is there, which is all that a fused step needs
+    of memory; temporary tensors of this backend would only mislead a memory estimate."""
+    increment_version([row.owner])
+    if not rule.has_step:
+        return
+    with _disable_current_modes():
+        if fake.is_fake(row.entry["step"]):
+            row.entry["step"] += 1
+        else:
+            step_count.advance(row.entry)
 
 
 def _total_square(
@@ -97,7 +129,7 @@ def _update(rule: Rule, row: Row, factor: float, clip_value: float | None) -> No
     grad = grad.to(dtype) * (-factor if row.group["maximize"] else factor)
     if clip_value is not None:
         grad = grad.clamp(-clip_value, clip_value)
-    step = 0.0 if row.step is None else float(row.step) + 1
+    step = row.next_step() if rule.has_step else 0.0
     wide_state = [s.to(dtype) for s in state]
     new_param, new_state = rule.update(
         param.to(dtype), grad, wide_state, row.group, step, row.first
@@ -105,5 +137,5 @@ def _update(rule: Rule, row: Row, factor: float, clip_value: float | None) -> No
     for old, new in zip(state, new_state, strict=True):
         old.copy_(new)
     param.copy_(new_param)
-    if row.step is not None:
-        row.step += 1
+    if rule.has_step:
+        step_count.advance(row.entry)
