@@ -20,7 +20,7 @@ grep -v -E '^(torch|triton)==' constraints.txt >"$out/constraints.txt"
 
 FUSEDOPT_CUDA_ARCHS=${FUSEDOPT_CUDA_ARCHS:-none} FUSEDOPT_REQUIRE_NATIVE=1 \
   "$python" setup.py -q build --build-base "$out/base" --build-lib "$out/lib"
-cp -r bench csrc tests pyproject.toml setup.py setup_cuda.py "$out/lib/"
+cp -r bench csrc examples tests pyproject.toml setup.py setup_cuda.py "$out/lib/"
 cd "$out/lib"
 export PYTHONPATH=$PWD
 "$python" -m fusedopt | tee "$out/report.txt"
