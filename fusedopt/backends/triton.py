@@ -1,7 +1,7 @@
 """The Triton driver (triton_kernels/) for params on NVIDIA, AMD and Intel GPUs.
 
-triton is imported where there is such a device, when the first optimizer is made. Under TRITON_INTERPRET=1 its
-interpreter runs the kernels over CPU tensors, for tests.
+triton is imported where there is such a device, when the first optimizer is made. Under
+TRITON_INTERPRET=1 its interpreter runs the kernels over CPU tensors, for tests.
 """
 
 from __future__ import annotations
