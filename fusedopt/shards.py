@@ -88,8 +88,6 @@ def _check_fsdp1(optimizer: FusedOptimizer, given: set[int] | None) -> None:
                 )
             continue
         ranks = set(torch.distributed.get_process_group_ranks(handle.process_group))
-        if len(ranks) == 1:
-            continue
         if not handle.uses_sharded_strategy:
             whole.append(name)
             if given is not None and len(ranks & given) > 1:
@@ -118,7 +116,9 @@ def _check_fsdp1(optimizer: FusedOptimizer, given: set[int] | None) -> None:
 
 def _fsdp1_handles() -> dict[int, Any]:
     """By id of the flat or original param that an optimizer has: the FlatParamHandle of it."""
-    module = sys.modules["torch.distributed.fsdp._flat_param"]
+    module = sys.modules.get("torch.distributed.fsdp._flat_param")
+    if module is None:
+        return {}
     return {
         id(param): handle
         for handle in live(module.FlatParamHandle)

@@ -298,6 +298,24 @@ def test_reentrant_checkpoints_of_another_graph() -> None:
     assert other.once.weight.grad is not None
 
 
+@pytest.mark.gpu
+def test_checkpoints_on_a_gpu() -> None:
+    # Hooks run in a thread of the engine, which has no frame of backward().
+    net = Checkpointed(True).cuda()
+    optimizer = fusedopt.FusedAdamW(net.parameters())
+    fusedopt.step_in_backward(net, optimizer)
+    result = net(input_of(0).cuda()).sum()
+    assert_refused_in_backward("pass use_reentrant=False", result, net, optimizer)
+    net.reentrant = False
+    net(input_of(0).cuda()).sum().backward()
+    assert {entry["step"].item() for entry in optimizer.state.values()} == {1.0}
+    layer = nn.Linear(5, 5).cuda()
+    optimizer = fusedopt.FusedAdamW(layer.parameters())
+    fusedopt.step_in_backward(layer, optimizer)
+    x = OwnCheckpoint.apply(layer, OwnCheckpoint.apply(layer, input_of(0).cuda()))
+    assert_refused_in_backward("called by the backward of an", x.sum(), layer, optimizer)
+
+
 class OwnCheckpoint(torch.autograd.Function):
     """As libraries write theirs."""
 

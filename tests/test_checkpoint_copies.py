@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from fusedopt import FusedOptimizer, FusedSGD
@@ -18,9 +20,19 @@ from tests.life import restored
 
 backend, cls, driver = life.backend, life.cls, life.driver
 
+
+def saved(value: Any) -> Any:
+    """torch.save and torch.load."""
+    file = io.BytesIO()
+    torch.save(value, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
 COPIES: dict[str, Callable[[Any], Any]] = {
     "deepcopy": deepcopy,
     "pickle": lambda value: pickle.loads(pickle.dumps(value)),
+    "torch.save": saved,
 }
 
 
@@ -72,6 +84,33 @@ def test_copies_continue_bitwise(
         assert other.skipped_steps.item() == skipped.item() + 1
         assert torch.equal(optimizer.skipped_steps, skipped)
         assert torch.equal(optimizer.grad_norm, norm)
+
+
+@pytest.fixture
+def one_rank() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed")
+@pytest.mark.parametrize("copy", COPIES.values(), ids=COPIES.keys())
+@pytest.mark.parametrize("steps", [0, 2])
+@pytest.mark.parametrize("of_its_own", [False, True])
+@pytest.mark.usefixtures("one_rank")
+def test_copies_have_the_process_group(
+    cls: type[FusedOptimizer], driver: str, copy: Callable[[Any], Any], steps: int, of_its_own: bool
+) -> None:
+    group = dist.new_group([0]) if of_its_own else dist.group.WORLD
+    options = {"max_grad_norm": 0.3, "process_group": group}
+    optimizer = build(cls, driver, **options)
+    run(optimizer, range(steps))
+    other = copy(optimizer)
+    assert other.process_group is optimizer.process_group is group
+    run(other, range(steps, steps + 2))
+    run(optimizer, range(steps, steps + 2))
+    assert_same(contents(other), contents(optimizer))
+    assert torch.equal(other.grad_norm, optimizer.grad_norm)
 
 
 @pytest.mark.parametrize("copy", COPIES.values(), ids=COPIES.keys())

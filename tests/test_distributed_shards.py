@@ -42,13 +42,15 @@ def fsdp1(net: nn.Module, strategy: str = "FULL_SHARD", **options: Any) -> Any:
     )
 
 
-def assert_trains_as_alone(net: Any, optimizer: Any, share: int, shares: int) -> None:
+def assert_trains_as_alone(
+    net: Any, optimizer: Any, share: int, shares: int, **options: Any
+) -> None:
     """Params and norms of one process."""
     from torch.distributed.fsdp import FullyShardedDataParallel
 
     norms = train(net, optimizer, share=share, shares=shares)
     alone = model()
-    want = train(alone, adamw(alone))
+    want = train(alone, adamw(alone, **options))
     torch.testing.assert_close(torch.tensor(norms), torch.tensor(want), rtol=1e-6, atol=0)
     with FullyShardedDataParallel.summon_full_params(net):
         got = [p.detach().reshape(-1).clone() for p in net.parameters()]
@@ -81,8 +83,10 @@ def fsdp1_refused(rank: int, ranks: int, strategy: str, originals: bool) -> None
     assert_refused("max_grad_norm needs a process_group.*" + where, net, adamw(net))
     skipping = adamw(net, max_grad_norm=None, skip_nonfinite=True)
     assert_refused("skip_nonfinite needs a process_group.*" + where, net, skipping)
-    for harmless in ({"max_grad_norm": None}, {"max_grad_norm": None, "clip_grad_value": 0.1}):
-        train(net, adamw(net, **harmless), share=rank, shares=ranks)
+    for clip in (None, 1e-3):
+        options = {"max_grad_norm": None, "clip_grad_value": clip}
+        plain = fsdp1(model(), strategy, use_orig_params=originals)
+        assert_trains_as_alone(plain, adamw(plain, **options), rank, ranks, **options)
     late = adamw(net, max_grad_norm=None)
     train(net, late, range(1), rank, ranks)
     late.max_grad_norm = 0.05
