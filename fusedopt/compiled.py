@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -52,15 +53,18 @@ def init_group(
     rule, host = optimizer.rule, Host(optimizer.rule)
     names = rule.state[: rule.states(group)]
     handle_of(optimizer)
+    every = [p for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
+    if every:  # the figures are on the device of the first one
+        if optimizer.max_grad_norm is not None or optimizer.skip_nonfinite:
+            optimizer._norm_buffer(every[0].device)
+        optimizer._skipped_buffer(every[0].device)
+    shared = _step_uses(optimizer)
     for param in group["params"]:
         grad = param.grad
         if grad is None:
             continue
         if any(distributed.is_dtensor(t) or t.is_sparse for t in (param, grad)):
             return False
-        if optimizer.max_grad_norm is not None or optimizer.skip_nonfinite:
-            optimizer._norm_buffer(param.device)
-        optimizer._skipped_buffer(param.device)
         entry = optimizer.state[param] if names or rule.has_step else {}
         if rule.first_differs(group) and any(entry.get(name) is None for name in names):
             return False
@@ -72,11 +76,20 @@ def init_group(
                 entry["step"] = host.new_state(param, "step").to(param.device)
             elif not isinstance(entry["step"], Tensor):
                 host.normalise_step(param, entry)
+            if shared[entry["step"].data_ptr()] > 1:
+                shared[entry["step"].data_ptr()] -= 1
+                host.own_step(param, entry)
             steps.append(entry["step"])
         params.append(param)
         grads.append(grad)
         states.extend(entry[name] for name in names)
     return True
+
+
+def _step_uses(optimizer: FusedOptimizer) -> Counter[int]:
+    """How many params have their step count at an address."""
+    entries = [e for e in optimizer.state.values() if isinstance(e, dict)]
+    return Counter(e["step"].data_ptr() for e in entries if isinstance(e.get("step"), Tensor))
 
 
 def _hyper_keys(rule: Rule) -> list[tuple[str, int]]:

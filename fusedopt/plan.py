@@ -51,8 +51,11 @@ class Host:
         self.refuses_dtensors = False
         self.met_dtensor = False
 
-    def keep_for_graph(self) -> None:
-        """Called at the begin of each step: keeps what a graph under capture will read."""
+    def begin(self, optimizer: Any) -> None:
+        """Called before each step of an optimizer."""
+
+    def end(self) -> None:
+        """Called after each begin() and what followed it."""
 
     def new_state(self, param: Tensor, key: str) -> Tensor:
         """A zero state tensor in the param's shape, dtype and layout, or a zero step count."""
@@ -63,6 +66,10 @@ class Host:
     def normalise_step(self, param: Tensor, state: dict[str, Any]) -> None:
         """Makes the step count of a param's state one that the native plan reads."""
         state["step"] = as_step(state["step"])
+
+    def own_step(self, param: Tensor, state: dict[str, Any]) -> None:
+        """Gives a param whose step count is another param's, too, one of its own."""
+        state["step"] = state["step"].detach().clone()
 
     def resolve(self, tensor: Any, role: str, group: int, index: int, param: Any) -> Tensor | None:
         """A plain strided real tensor with the memory (param, state) or the values (grad) of
@@ -114,6 +121,7 @@ class Table:
 
     def __init__(self) -> None:
         self.rows: list[Row] = []
+        self.steps: set[int] = set()  # addresses
         self._created: list[tuple[dict[Any, Any], Any]] = []
 
     def set(self, target: dict[Any, Any], key: Any, value: Any) -> None:
@@ -187,6 +195,9 @@ def _row(
             table.set(entry, "step", host.new_state(param, "step"))
         elif not (isinstance(entry["step"], Tensor) and entry["step"].ndim == 0):
             host.normalise_step(param, entry)
+        if entry["step"].data_ptr() in table.steps:
+            host.own_step(param, entry)
+        table.steps.add(entry["step"].data_ptr())
     grad = distributed.local_tensor(grad, param)
     tensors = [distributed.local_tensor(entry[n], param) for n in names]
     local = distributed.local_tensor(param, param)

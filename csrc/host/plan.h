@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "core/table.h"
+#include "host/address_set.h"
 #include "host/device_table.h"
 #include "host/dict_reader.h"
 #include "host/group_reader.h"
@@ -41,8 +42,9 @@ class Plan {
   // step was skipped. `host` is called for what is rare: new_state(param, key) for state that is
   // missing; resolve(tensor, role, group, index, param) for a plain tensor in place of a complex,
   // sparse or otherwise odd one, or None; normalise_step(state) to replace state["step"] by a 0-dim
-  // float32 CPU tensor. Returns "" or the reason why the native drivers cannot serve these tensors;
-  // on a reason or an exception nothing has changed.
+  // float32 CPU tensor, own_step(state) by a copy of its own; fetch_lr(lr, group) for the value of
+  // a tensor lr on another device. Returns "" or the reason why the native drivers cannot serve
+  // these tensors; on a reason or an exception nothing has changed.
   template <class Run>
   std::string step(PyObject* param_groups, PyObject* state, PyObject* host, Run run) {
     enter();
@@ -132,6 +134,7 @@ class Plan {
   bool read_state(Candidate* candidate, Operands* operands, Row* row);
   void read_step(Candidate* candidate, Row* row);
   void create(Candidate* candidate, size_t key);
+  void own_step(Candidate* candidate, Row* row);
   bool on_device(const TensorView& view);
   bool place(const Operands& operands, int count, Row* row);
   Ref resolve(PyObject* tensor, int operand);
@@ -165,6 +168,7 @@ class Plan {
 
   // While the table is built.
   StateIndex index_;
+  AddressSet steps_;  // of the rows so far
   PyObject* host_ = nullptr;
   PyObject* state_ = nullptr;
   PyObject* param_ = nullptr;

@@ -77,6 +77,7 @@ bool Plan::build(PyObject* param_groups) {
   std::vector<Ref> lists;
   lists.reserve(count);
   groups_.resize(count);
+  group_reader_.begin();
   for (size_t g = 0; g < count; ++g) {
     PyObject* group = PyTuple_GET_ITEM(all.get(), static_cast<Py_ssize_t>(g));
     lists.push_back(group_reader_.read(group, g, &groups_[g]));
@@ -84,6 +85,7 @@ bool Plan::build(PyObject* param_groups) {
   size_t total = 0;
   for (const Ref& list : lists) total += static_cast<size_t>(PySequence_Fast_GET_SIZE(list.get()));
   index_.build(state_, total);
+  steps_.reset(total);
   candidates_.reserve(total);
   rows_.reserve(total);
   params_.reserve(total);
@@ -94,6 +96,10 @@ bool Plan::build(PyObject* param_groups) {
     group_index_ = candidates_[c].group;
     param_index_ = candidates_[c].index;
     if (!add_row(&candidates_[c])) return false;
+  }
+  if (group_reader_.must_fetch(rows_, device_index_)) {
+    hold_grads();
+    group_reader_.fetch(rows_, device_index_, host_, &groups_);
   }
   return true;
 }
@@ -189,6 +195,7 @@ bool Plan::add_row(Candidate* candidate) {
       !on_device(view[kParam]) || !read_grad(candidate, &view[kGrad], &row.dtype[kGrad]) ||
       !read_state(candidate, &operands, &row) || !place(operands, kState0 + row.states, &row))
     return false;
+  if (row.step != nullptr && !steps_.add(row.step)) own_step(candidate, &row);
   row.loop = choose_loop(row);
   elements_ += row.numel;
   rows_.push_back(row);

@@ -24,16 +24,65 @@ _INFINITY = float("inf")
 
 def capturing(device: torch.device) -> bool:
     """Whether the device's current stream is being captured into a graph."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if device.type != "cuda":
+        return False
+    if device.index is None or device.index == torch.cuda.current_device():
+        return torch.cuda.is_current_stream_capturing()
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
 
 
 class DeviceMemory:
-    """Memory on one device, for a native driver to ask for."""
+    """Memory on one device, for a native driver to ask for. The driver may change streams: steps
+    that share this memory run one after the other, and none of it is given back under one.
+
+    Attributes:
+        stream: the cudaStream_t of the step between begin() and end().
+        captures: whether that step is captured into a graph.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self.stream = 0
+        self._runtime: Any = getattr(torch, device.type)
         self._memory: dict[str, Tensor] = {}
         self._captured: list[Tensor] = []  # what captured graphs read: alive for good
+        self.captures = False
+        # The last step outside of graphs: its stream, and an event after it. The stream may be
+        # destroyed by the next step.
+        self._last_stream: Any = None
+        self._last_step: Any = None
+
+    def begin(self, optimizer: Any) -> None:
+        """Called before each step of an optimizer, or of None: takes the current stream."""
+        if self.device.type == "cpu":
+            return
+        stream = self._runtime.current_stream(self.device)
+        self.stream = getattr(stream, "cuda_stream", 0)
+        self.captures = capturing(self.device)
+        if self.captures:  # whoever replays the graph orders that with other steps
+            known = {id(t) for t in self._captured}
+            self._captured += [t for t in self._memory.values() if id(t) not in known]
+        elif stream != self._last_stream:
+            if self._last_step is not None:
+                stream.wait_event(self._last_step)
+            self._record(optimizer, stream)
+            self._last_stream = stream
+
+    def end(self) -> None:
+        """Called after each begin() and what followed it."""
+        if self.device.type == "cpu" or self.captures:
+            return
+        if self._last_step is None:
+            self._last_step = self._runtime.Event()
+        self._last_step.record(self._last_stream)
+
+    def _record(self, optimizer: Any, stream: Any) -> None:
+        """Tells the allocator that a stream uses this memory, and the optimizer's figures."""
+        figures = [getattr(optimizer, n, None) for n in ("_norm_tensor", "_skipped_tensor")]
+        for tensor in (*self._memory.values(), *figures):
+            if tensor is not None and tensor.device == self.device:
+                tensor.record_stream(stream)
 
     def upload(self, address: int, size: int, slot: str) -> int:
         """Copies bytes of the host to device memory, and returns their address there.
@@ -50,7 +99,7 @@ class DeviceMemory:
         source = torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=pinned)
         ctypes.memmove(source.data_ptr(), address, size)
         # The pinned memory is reused only after the copy, the old table only after its kernels:
-        # both allocators go by the stream.
+        # both allocators go by the stream, and begin() tells them of the others.
         self._memory[slot] = table = source.to(self.device, non_blocking=True, copy=True)
         return table.data_ptr()
 
@@ -61,11 +110,8 @@ class DeviceMemory:
             self._memory["workspace"] = zeros
         return self._memory["workspace"]
 
-    def keep_for_graph(self) -> None:
-        """Under graph capture, keeps all memory of this step alive: the graph will read it."""
-        if capturing(self.device):
-            known = {id(t) for t in self._captured}
-            self._captured += [t for t in self._memory.values() if id(t) not in known]
+    def workspace_address(self, size: int) -> int:
+        return self.workspace(size).data_ptr()
 
 
 class DeviceHost(DeviceMemory, Host):
@@ -83,6 +129,27 @@ class DeviceHost(DeviceMemory, Host):
 
     def normalise_step(self, param: Tensor, state: dict[str, Any]) -> None:
         state["step"] = as_step(state["step"]).to(param.device)
+
+    def own_step(self, param: Tensor, state: dict[str, Any]) -> None:
+        if capturing(self.device):
+            raise RuntimeError(
+                "params share a step count: run one step before a CUDA graph is captured, which "
+                "gives each its own"
+            )
+        super().own_step(param, state)
+
+    def fetch_lr(self, lr: Tensor, group: int) -> float:
+        """The value of a tensor lr that lies on another device than the params.
+
+        Raises:
+            RuntimeError: under graph capture, which cannot wait for it.
+        """
+        if capturing(self.device):
+            raise RuntimeError(
+                f'param_groups[{group}]["lr"] is on {lr.device} and its params are on '
+                f"{self.device}: a CUDA graph needs it on the params' device"
+            )
+        return float(lr)
 
 
 @dataclass
@@ -148,10 +215,12 @@ class Native:
         name: str,
         device_type: str,
         new_driver: Callable[[Rule, torch.device], Driver],
+        unserved: Callable[[Rule, torch.device], str] = lambda rule, device: "",
     ) -> None:
         self._name = name
         self._type = device_type
         self._new_driver = new_driver
+        self._unserved = unserved  # why a rule cannot run on a device, or ""
 
     def step(self, optimizer: FusedOptimizer, request: Request) -> str:
         device = next(_devices(optimizer), None)
@@ -159,14 +228,20 @@ class Native:
             return self._step_without_gradients(optimizer, request)
         if device.type != self._type:
             return f"the first param with a gradient is not on a {self._type} device"
-        reason = ""
+        reason = self._unserved(optimizer.rule, device)
+        if reason:
+            return reason
         if not (request.needs_norm and request.process_group is not None):
             driver = self._driver(optimizer, (device, ()))
             # The norm of DTensors is a sum over ranks. To have met one is to meet it again.
             driver.host.refuses_dtensors = request.needs_norm
             if not (request.needs_norm and driver.host.met_dtensor):
-                options = _options(optimizer, request, device, device)
-                reason = driver.step(optimizer.param_groups, optimizer.state, options)
+                driver.host.begin(optimizer)
+                try:
+                    options = _options(optimizer, request, device, device)
+                    reason = driver.step(optimizer.param_groups, optimizer.state, options)
+                finally:
+                    driver.host.end()
                 if not reason:
                     return ""
             if not driver.host.met_dtensor and all(d == device for d in _devices(optimizer)):
@@ -192,7 +267,6 @@ class Native:
         if key not in optimizer._drivers:
             optimizer._drivers.setdefault(key, self._new_driver(optimizer.rule, part[0]))
         driver: Driver = optimizer._drivers[key]
-        driver.host.keep_for_graph()
         return driver
 
     def _step_in_parts(
@@ -201,8 +275,14 @@ class Native:
         """A step whose norm spans devices or ranks: the norm of each part, their sum, the update.
         The figures are written on the main device."""
         parts, kinds = _parts(optimizer, request.process_group)
+        for device, _ in parts:
+            reason = self._unserved(optimizer.rule, device)
+            if reason:
+                return reason
         drivers = {part: self._driver(optimizer, part) for part in parts}
         refreshed: list[Driver] = []
+        for driver in drivers.values():
+            driver.host.begin(optimizer)
         try:
             for part, driver in drivers.items():
                 driver.host.refuses_dtensors = False
@@ -234,6 +314,9 @@ class Native:
             for driver in refreshed:
                 driver.roll_back()
             raise
+        finally:
+            for driver in drivers.values():
+                driver.host.end()
         return ""
 
 
