@@ -64,7 +64,7 @@ class FusedOptimizer(Optimizer):
         checks.clip_options(max_grad_norm, clip_grad_value)
         if not isinstance(skip_nonfinite, bool):
             raise TypeError(f"skip_nonfinite must be a bool, got {skip_nonfinite!r}")
-        self._candidates = backends.candidates(backends.check_name(backend))
+        self._candidates = backends.Candidates(backends.check_name(backend))
         self.max_grad_norm = max_grad_norm
         self.clip_grad_value = clip_grad_value
         self.skip_nonfinite = skip_nonfinite
@@ -137,8 +137,9 @@ class FusedOptimizer(Optimizer):
         """A step by the first backend that can serve, on other `tensors` if given: an object with
         the attributes that backends use of this one."""
         reasons = []
-        for name, module in self._candidates:
-            reason = module.step(tensors or self, request)
+        subject = tensors or self
+        for name, module in self._candidates.of(subject.param_groups):
+            reason = module.step(subject, request)
             if not reason:
                 self._backend_in_use = name
                 return
@@ -165,9 +166,9 @@ class FusedOptimizer(Optimizer):
     def grad_norm(self) -> Tensor | None:
         """Total L2 norm of the gradients of the last step, before clipping and after unscaling.
 
-        A 0-dim float32 tensor on the params' device, the same tensor for each step: clone it to
-        keep a value. None before the first step, and where neither `max_grad_norm` nor
-        `skip_nonfinite` asks for a norm.
+        A 0-dim float32 tensor on the device of the first param with a gradient, the same tensor for
+        each step until that is another device: clone it to keep a value. None before the first
+        step, and where neither `max_grad_norm` nor `skip_nonfinite` asks for a norm.
         """
         return self._norm_tensor
 
@@ -175,7 +176,9 @@ class FusedOptimizer(Optimizer):
     def skipped_steps(self) -> Tensor:
         """How many steps `skip_nonfinite` or a GradScaler's overflow has made a no-op.
 
-        A 0-dim int64 tensor on the params' device, the same tensor for each step.
+        A 0-dim int64 tensor on the device of the first param with a gradient, the same tensor for
+        each step until that is another device; before the first step on the CPU. Read the property
+        again where that may have changed: the tensor that counts on is another one then.
         """
         return self._skipped_buffer() if self._skipped_tensor is None else self._skipped_tensor
 
@@ -190,15 +193,18 @@ class FusedOptimizer(Optimizer):
         )
 
     def _norm_buffer(self, device: torch.device | str) -> Tensor:
-        device = torch.device(device)
-        if self._norm_tensor is None or self._norm_tensor.device.type != device.type:
+        """`grad_norm` on a device, brought there with its value from another one."""
+        if self._norm_tensor is None:
             self._norm_tensor = torch.zeros((), dtype=torch.float32, device=device)
+        elif self._norm_tensor.device != device:
+            self._norm_tensor = self._norm_tensor.to(device)
         return self._norm_tensor
 
     def _skipped_buffer(self, device: torch.device | str = "cpu") -> Tensor:
+        """`skipped_steps` on a device, brought there with its value from another one."""
         if self._skipped_tensor is None:
             self._skipped_tensor = torch.zeros((), dtype=torch.int64, device=device)
-        elif self._skipped_tensor.device.type != torch.device(device).type:
+        elif self._skipped_tensor.device != device:
             self._skipped_tensor = self._skipped_tensor.to(device)
         return self._skipped_tensor
 
@@ -231,7 +237,7 @@ class FusedOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("_drivers", {})
-        self._candidates = backends.candidates(backends.check_name(self.backend))
+        self._candidates = backends.Candidates(backends.check_name(self.backend))
         for group in self.param_groups:
             for name, default in self.defaults.items():
                 group.setdefault(name, default)

@@ -2,7 +2,7 @@
 
 A backend is a module with
 
-- ``unavailable() -> str``: why it cannot run on this machine, or "".
+- ``unavailable() -> str``: why it cannot run on this machine, or "". It may ask CUDA.
 - ``step(optimizer, request) -> str``: runs the step, or says why it cannot serve these tensors and
   has changed nothing. "" means done.
 """
@@ -17,6 +17,13 @@ from typing import Any
 from torch import Tensor
 
 from fusedopt.backends import cpu, cuda, reference, triton
+
+# The types of devices that a backend takes params on; those that are not here, all.
+_DEVICE_TYPES: dict[str, tuple[str, ...]] = {
+    "cuda": (cuda.DEVICE_TYPE,),
+    "triton": ("cuda", "xpu"),  # its interpreter takes those on the CPU, but is for tests
+    "cpu": ("cpu",),
+}
 
 # In the order in which "auto" tries them.
 BACKENDS: dict[str, ModuleType] = {
@@ -68,20 +75,48 @@ def check_name(backend: str) -> str:
     return backend
 
 
-def candidates(backend: str) -> list[tuple[str, ModuleType]]:
-    """The backends to try for a checked name, those that run on this machine, best first.
+class Candidates:
+    """The backends to try for a checked name, best first, by the type of device of the params.
+
+    "auto" asks which of them run on this machine when it first meets such a device: an optimizer
+    over params on the CPU asks nothing of CUDA, which would start its driver, and after that no
+    forked process could use it.
 
     Raises:
         RuntimeError: a backend asked for by name that cannot run on this machine, with the reason.
     """
-    if backend == "auto":
-        return [
-            (name, module)
-            for name, module in BACKENDS.items()
-            if not (module.unavailable() or (module is triton and triton.interpreted()))
-        ]
-    module = BACKENDS[backend]
-    reason = module.unavailable()
-    if reason:
-        raise RuntimeError(f"backend {backend!r} cannot serve: {reason}")
-    return [(backend, module)]
+
+    def __init__(self, backend: str) -> None:
+        self._by_type: dict[str, list[tuple[str, ModuleType]]] = {}
+        self._named: list[tuple[str, ModuleType]] = []
+        if backend != "auto":
+            module = BACKENDS[backend]
+            reason = module.unavailable()
+            if reason:
+                raise RuntimeError(f"backend {backend!r} cannot serve: {reason}")
+            self._named = [(backend, module)]
+
+    def of(self, param_groups: list[dict[str, Any]]) -> list[tuple[str, ModuleType]]:
+        """Those for the first param with a gradient, or where none has one, the first."""
+        return self._named or self._for_type(_device_type(param_groups))
+
+    def _for_type(self, device_type: str) -> list[tuple[str, ModuleType]]:
+        if device_type not in self._by_type:
+            self._by_type[device_type] = [
+                (name, module)
+                for name, module in BACKENDS.items()
+                if device_type in _DEVICE_TYPES.get(name, (device_type,))
+                and not (module is triton and triton.interpreted())
+                and not module.unavailable()
+            ]
+        return self._by_type[device_type]
+
+
+def _device_type(param_groups: list[dict[str, Any]]) -> str:
+    first = None
+    for group in param_groups:
+        for param in group["params"]:
+            if param.grad is not None:
+                return str(param.device.type)
+            first = param if first is None else first
+    return "cpu" if first is None else str(first.device.type)
