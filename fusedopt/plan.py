@@ -51,10 +51,11 @@ class Host:
         self.refuses_dtensors = False
         self.met_dtensor = False
 
-    def begin(self, optimizer: Any) -> None:
-        """Called before each step of an optimizer."""
+    def begin(self, optimizer: Any) -> Any:
+        """Called before each step of an optimizer; end() is given what it returns."""
+        return None
 
-    def end(self) -> None:
+    def end(self, turn: Any) -> None:
         """Called after each begin() and what followed it."""
 
     def new_state(self, param: Tensor, key: str) -> Tensor:

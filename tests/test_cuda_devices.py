@@ -15,6 +15,7 @@ from torch.nn import Parameter
 
 import fusedopt
 from fusedopt import _native, backends
+from fusedopt.__main__ import report
 from fusedopt.backends import cuda, native
 
 pytestmark = pytest.mark.skipif(
@@ -165,10 +166,29 @@ def test_devices_are_asked_once(gpus: Any) -> None:
     assert gpus.machine.calls().count("load") == 1
 
 
+def test_the_report_gives_the_reason_of_the_device_that_is_tested(
+    gpus: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backends.triton, "unavailable", lambda: "not here")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"GPU {index}")
+    entry = report()["backends"]["cuda"]
+    assert entry == {"available": True, "reason": None, "self_test": "passed"}
+    cuda._unserved.clear()
+    gpus.machine.set("image", 0, 0)
+    data = report()
+    assert "no kernel image" in data["backends"]["cuda"]["reason"]
+    assert data["backends"]["cuda"]["self_test"] is None
+    assert data["chosen"]["cuda"] == "reference"
+
+
 # The current device
 
 
-def test_a_fresh_thread_makes_no_context_on_device_0(gpus: Any) -> None:
+def test_a_fresh_thread_makes_no_context_on_device_0(
+    gpus: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (native, cuda):  # which would change the device, too
+        monkeypatch.setattr(module, "capturing", lambda device: False)
     optimizer = adamw(params_on(1), max_grad_norm=1.0)
 
     def work() -> int:
@@ -426,6 +446,25 @@ def test_a_captured_step_waits_for_nothing(gpus: Any) -> None:
     assert launches == ["launch 0 on 7", "launch 0 on 5", "launch 0 on 7"]
 
 
+def test_a_second_thread_that_steps_is_refused_and_changes_nothing(gpus: Any) -> None:
+    optimizer = adamw(params_on(0), skip_nonfinite=True)
+    gpus.use_stream(0, 7)
+    seen: list[str] = []
+
+    def meanwhile() -> None:
+        gpus.use_stream(0, 9)
+        with pytest.raises(RuntimeError, match="running already, maybe in another thread"):
+            optimizer.step()
+        seen.append("refused")
+
+    while_waiting(gpus, "synchronize", optimizer.step, meanwhile)
+    assert seen == ["refused"]
+    gpus.log.clear()
+    gpus.use_stream(0, 9)
+    optimizer.step()
+    assert gpus.log[0].endswith(" on 7")  # the step that was done
+
+
 # clip_grad_norm_ and threads
 
 
@@ -455,17 +494,20 @@ def test_clipping_keeps_one_memory_a_thread_and_device(gpus: Any) -> None:
 def test_a_call_in_between_has_memory_of_its_own(
     gpus: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    outer, inner = params_on(0, 0), params_on(0, numel=77)
+    outer, inner = params_on(*[0] * 4100, numel=1), params_on(0, numel=77)
     expected = [
-        torch.cat([p.grad for p in ps if p.grad is not None]).norm() for ps in (outer, inner)
+        torch.cat([p.grad for p in params if p.grad is not None]).norm()
+        for params in (outer, inner)
     ]
     upload = native.DeviceMemory.upload
     norms: list[float] = []
 
-    def interrupted(self: Any, *arguments: Any) -> int:
-        monkeypatch.setattr(native.DeviceMemory, "upload", upload)
-        norms.append(clip(inner))
-        return upload(self, *arguments)
+    def interrupted(self: Any, address: int, size: int, slot: str) -> int:
+        if slot == "words":  # the arguments of the launch are being written
+            monkeypatch.setattr(native.DeviceMemory, "upload", upload)
+            assert not cuda._clips.free  # nobody else can rewrite them
+            norms.append(clip(inner))
+        return upload(self, address, size, slot)
 
     monkeypatch.setattr(native.DeviceMemory, "upload", interrupted)
     norms.insert(0, clip(outer))
@@ -511,8 +553,10 @@ def test_captured_clipping_is_the_graphs_alone(gpus: Any) -> None:
     assert cuda._clips.free[device] is not entry
 
 
-def while_waiting(gpus: Any, call: str, work: Callable[[], Any]) -> None:
-    """Runs work in a thread, in which `call` waits until this thread lets it go on."""
+def while_waiting(
+    gpus: Any, call: str, work: Callable[[], Any], meanwhile: Callable[[], Any] = lambda: None
+) -> None:
+    """Runs work in a thread, in which `call` waits until this thread has done something else."""
     gpus.machine.set(f"wait {call}", 1)
     before = sum(c.startswith(call) for c in gpus.machine.calls())
     errors: list[BaseException] = []
@@ -528,7 +572,10 @@ def while_waiting(gpus: Any, call: str, work: Callable[[], Any]) -> None:
     thread.start()
     while sum(c.startswith(call) for c in gpus.machine.calls()) == before and thread.is_alive():
         time.sleep(0.001)
-    gpus.machine.set(f"wait {call}", 0)
+    try:
+        meanwhile()
+    finally:
+        gpus.machine.set(f"wait {call}", 0)
     thread.join()
     assert not errors, errors
     assert "stuck" not in gpus.machine.calls()

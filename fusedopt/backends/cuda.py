@@ -97,6 +97,13 @@ def _current(device: torch.device) -> AbstractContextManager[None]:
     return torch.cuda.device(device.index) if device.type == "cuda" else nullcontext()
 
 
+def _stream(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 0
+    stream: int = torch.cuda.current_stream(device).cuda_stream
+    return stream
+
+
 class CudaDriver(Driver):
     def __init__(self, rule: Rule, device: torch.device) -> None:
         assert _C is not None
@@ -105,7 +112,7 @@ class CudaDriver(Driver):
 
     def step(self, groups: list[dict[str, Any]], state: dict[Any, Any], options: Options) -> str:
         with _current(options.device):
-            return self.plan.step(groups, state, self.host, *self._arguments(options))
+            return self.plan.step(groups, state, self.host, *_arguments(options))
 
     def refresh(self, groups: list[dict[str, Any]], state: dict[Any, Any]) -> str:
         with _current(self.host.device):
@@ -113,28 +120,29 @@ class CudaDriver(Driver):
 
     def squared_norm(self, out: Tensor) -> None:
         with _current(self.host.device):
-            self.plan.squared_norm(out, self.host.stream)
+            self.plan.squared_norm(out, _stream(out.device))
 
     def apply(self, squared_norm: Tensor | None, options: Options) -> None:
         with _current(options.device):
-            self.plan.apply(squared_norm, *self._arguments(options))
+            self.plan.apply(squared_norm, *_arguments(options))
 
     def roll_back(self) -> None:
         self.plan.roll_back()
 
-    def _arguments(self, options: Options) -> tuple[Any, ...]:
-        """The options in the order of CudaPlan.step, and the stream."""
-        return (
-            options.norm,
-            options.max_norm,
-            options.clip_value,
-            options.grad_scale,
-            options.found_inf,
-            options.skip_nonfinite,
-            options.grad_norm,
-            options.skipped_steps,
-            self.host.stream,
-        )
+
+def _arguments(options: Options) -> tuple[Any, ...]:
+    """The options in the order of CudaPlan.step."""
+    return (
+        options.norm,
+        options.max_norm,
+        options.clip_value,
+        options.grad_scale,
+        options.found_inf,
+        options.skip_nonfinite,
+        options.grad_norm,
+        options.skipped_steps,
+        options.stream,
+    )
 
 
 step = Native(
@@ -181,16 +189,16 @@ def clip_(
         return None
     assert _C is not None
     native, memory = _clips.free.pop(device, None) or (_C.CudaClip(), DeviceMemory(device))
-    memory.begin(None)
+    turn = memory.begin(None)
     try:
         total = torch.zeros((), dtype=torch.float64, device=device)
+        stream = 0 if turn is None else turn.handle
         with _current(device):
-            options = (norm, norm_only, max_norm, clip_value, total, memory.stream)
+            options = (norm, norm_only, max_norm, clip_value, total, stream)
             reason = native.run(tensors, memory, *options)
     finally:
-        memory.end()
-        if memory.captures:
-            _captured.append((native, memory))
-        else:
-            _clips.free[device] = native, memory
+        memory.end(turn)
+        _clips.free[device] = native, memory
+    if turn is not None and turn.captures:
+        _captured.append(_clips.free.pop(device))
     return None if reason else total

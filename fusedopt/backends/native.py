@@ -6,7 +6,7 @@ import ctypes
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,50 +32,59 @@ def capturing(device: torch.device) -> bool:
         return torch.cuda.is_current_stream_capturing()
 
 
-class DeviceMemory:
-    """Memory on one device, for a native driver to ask for. The driver may change streams: steps
-    that share this memory run one after the other, and none of it is given back under one.
+class Turn(NamedTuple):
+    """What a step on a GPU runs on.
 
     Attributes:
-        stream: the cudaStream_t of the step between begin() and end().
-        captures: whether that step is captured into a graph.
+        stream: the device's current stream.
+        captures: whether it is being captured into a graph.
     """
+
+    stream: Any
+    captures: bool
+
+    @property
+    def handle(self) -> int:
+        """The cudaStream_t; 0 for other kinds of streams."""
+        return getattr(self.stream, "cuda_stream", 0)
+
+
+class DeviceMemory:
+    """Memory on one device, for a native driver to ask for. The driver may change streams: steps
+    that share this memory run one after the other, and none of it is given back under one."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.stream = 0
         self._runtime: Any = getattr(torch, device.type)
         self._memory: dict[str, Tensor] = {}
         self._captured: list[Tensor] = []  # what captured graphs read: alive for good
-        self.captures = False
         # The last step outside of graphs: its stream, and an event after it. The stream may be
         # destroyed by the next step.
         self._last_stream: Any = None
         self._last_step: Any = None
 
-    def begin(self, optimizer: Any) -> None:
-        """Called before each step of an optimizer, or of None: takes the current stream."""
+    def begin(self, optimizer: Any) -> Turn | None:
+        """Called before each step of an optimizer, or of None; returns None for the CPU."""
         if self.device.type == "cpu":
-            return
-        stream = self._runtime.current_stream(self.device)
-        self.stream = getattr(stream, "cuda_stream", 0)
-        self.captures = capturing(self.device)
-        if self.captures:  # whoever replays the graph orders that with other steps
+            return None
+        turn = Turn(self._runtime.current_stream(self.device), capturing(self.device))
+        if turn.captures:  # whoever replays the graph orders that with other steps
             known = {id(t) for t in self._captured}
             self._captured += [t for t in self._memory.values() if id(t) not in known]
-        elif stream != self._last_stream:
+        elif turn.stream != self._last_stream:
             if self._last_step is not None:
-                stream.wait_event(self._last_step)
-            self._record(optimizer, stream)
-            self._last_stream = stream
+                turn.stream.wait_event(self._last_step)
+            self._record(optimizer, turn.stream)
+        return turn
 
-    def end(self) -> None:
+    def end(self, turn: Turn | None) -> None:
         """Called after each begin() and what followed it."""
-        if self.device.type == "cpu" or self.captures:
+        if turn is None or turn.captures:
             return
         if self._last_step is None:
             self._last_step = self._runtime.Event()
-        self._last_step.record(self._last_stream)
+        self._last_step.record(turn.stream)
+        self._last_stream = turn.stream
 
     def _record(self, optimizer: Any, stream: Any) -> None:
         """Tells the allocator that a stream uses this memory, and the optimizer's figures."""
@@ -163,6 +172,7 @@ class Options:
         grad_scale, found_inf: 0-dim float32, or None.
         grad_norm: 0-dim float32 that takes the total norm, or None.
         skipped_steps: 0-dim int64 that a skipped step adds 1 to, or None.
+        stream: the cudaStream_t; 0 for other kinds of devices.
     """
 
     device: torch.device
@@ -174,6 +184,7 @@ class Options:
     skip_nonfinite: bool
     grad_norm: Tensor | None
     skipped_steps: Tensor | None
+    stream: int = 0
 
 
 class Driver(ABC):
@@ -236,12 +247,12 @@ class Native:
             # The norm of DTensors is a sum over ranks. To have met one is to meet it again.
             driver.host.refuses_dtensors = request.needs_norm
             if not (request.needs_norm and driver.host.met_dtensor):
-                driver.host.begin(optimizer)
+                turn = driver.host.begin(optimizer)
                 try:
-                    options = _options(optimizer, request, device, device)
+                    options = _options(optimizer, request, device, device, turn)
                     reason = driver.step(optimizer.param_groups, optimizer.state, options)
                 finally:
-                    driver.host.end()
+                    driver.host.end(turn)
                 if not reason:
                     return ""
             if not driver.host.met_dtensor and all(d == device for d in _devices(optimizer)):
@@ -281,8 +292,7 @@ class Native:
                 return reason
         drivers = {part: self._driver(optimizer, part) for part in parts}
         refreshed: list[Driver] = []
-        for driver in drivers.values():
-            driver.host.begin(optimizer)
+        turns = {part: driver.host.begin(optimizer) for part, driver in drivers.items()}
         try:
             for part, driver in drivers.items():
                 driver.host.refuses_dtensors = False
@@ -305,9 +315,11 @@ class Native:
                 scale = 1.0 if request.grad_scale is None else request.grad_scale.to(main)
                 optimizer._norm_buffer(main).copy_(total.sqrt() / scale)
             figures_on: torch.device | None = main
-            for (device, _), driver in drivers.items():
+            for part, driver in drivers.items():
+                device = part[0]
                 squared = None if total is None else total.to(device)
-                driver.apply(squared, _options(optimizer, request, device, figures_on))
+                options = _options(optimizer, request, device, figures_on, turns[part])
+                driver.apply(squared, options)
                 if device == main:  # once
                     figures_on = None
         except BaseException:
@@ -315,8 +327,8 @@ class Native:
                 driver.roll_back()
             raise
         finally:
-            for driver in drivers.values():
-                driver.host.end()
+            for part, driver in drivers.items():
+                driver.host.end(turns[part])
         return ""
 
 
@@ -357,6 +369,7 @@ def _options(
     request: Request,
     device: torch.device,
     figures_on: torch.device | None,
+    turn: Turn | None,
 ) -> Options:
     """For one of the devices; figures are written where it is `figures_on`."""
     max_norm, clip_value = request.max_grad_norm, request.clip_grad_value
@@ -371,6 +384,7 @@ def _options(
         skip_nonfinite=request.skip_nonfinite,
         grad_norm=optimizer._norm_buffer(device) if figures and request.needs_norm else None,
         skipped_steps=optimizer._skipped_buffer(device) if figures else None,
+        stream=0 if turn is None else turn.handle,
     )
 
 
