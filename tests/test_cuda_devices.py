@@ -499,6 +499,7 @@ def test_a_call_in_between_has_memory_of_its_own(
         torch.cat([p.grad for p in params if p.grad is not None]).norm()
         for params in (outer, inner)
     ]
+    clip(params_on(0))
     upload = native.DeviceMemory.upload
     norms: list[float] = []
 
