@@ -78,7 +78,7 @@ part install 60 "$python" -m pip install --no-build-isolation --no-deps --no-ind
 part fusedopt 60 "$python" -m fusedopt
 
 # Triton compiles a kernel for each kind of row, and measures its configurations once.
-part gpu-tests 180 "${pytest[@]}" -rs tests/test_gpu.py
+part gpu-tests 180 "${pytest[@]}" -rs tests/test_gpu.py tests/test_gpu_devices.py
 
 sanitize memcheck
 sanitize racecheck
@@ -91,7 +91,7 @@ fi
 
 # Files that take long, and those that say nothing about this machine. The others that need a
 # module that is not here are skipped one by one.
-ignored=(--ignore=tests/test_gpu.py)
+ignored=(--ignore=tests/test_gpu.py --ignore=tests/test_gpu_devices.py)
 for name in cuda_emulator package train_gpt bench bench_measure gpu_check triton triton_launch \
   triton_tune triton_float64; do
   ignored+=("--ignore=tests/test_$name.py")

@@ -494,6 +494,22 @@ PYBIND11_MODULE(_C, m) {
            py::arg("stream"));
 
   m.def("cuda_unavailable", &cuda::unavailable);
+  m.def("cuda_capabilities", [] {
+    std::vector<int> all;
+    if (const std::string error = cuda::capabilities(&all); !error.empty())
+      throw std::runtime_error(error);
+    return all;
+  });
+  m.def(
+      "cuda_unserved",
+      [](const std::string& rule, int device) {
+        const RuleId id = find_rule(rule).id;
+        const py::gil_scoped_release unlocked;
+        return cuda::unserved(id, device);
+      },
+      py::arg("rule"), py::arg("device"));
+  m.def("cuda_clip_unserved", &cuda::unserved_clip, py::arg("device"),
+        py::call_guard<py::gil_scoped_release>());
   m.def("cuda_launches", &cuda::launches);
   m.def(
       "cuda_set_geometry",

@@ -91,6 +91,8 @@ def report() -> dict[str, Any]:
     entries = {}
     for name, module in backends.BACKENDS.items():
         reason = module.unavailable()
+        if name == "cuda" and not reason:  # of several devices, not all may be too old
+            reason = backends.cuda.unserved("adamw", torch.device(device))
         result = None if reason else self_test(name, "cpu" if name in on_cpu else device)
         entries[name] = {
             "available": not reason,

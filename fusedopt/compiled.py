@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -54,15 +55,18 @@ def init_group(
     handle_of(optimizer)
     request = optimizer._request()
     optimizer.check_values(group, "a param group")
+    every = [p for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
+    if every:  # the figures are on the device of the first one
+        if request.needs_norm:
+            optimizer._norm_buffer(every[0].device)
+        optimizer._skipped_buffer(every[0].device)
+    shared = _step_uses(optimizer)
     for param in group["params"]:
         grad = param.grad
         if grad is None:
             continue
         if any(distributed.is_dtensor(t) or t.is_sparse for t in (param, grad)):
             return False
-        if request.needs_norm:
-            optimizer._norm_buffer(param.device)
-        optimizer._skipped_buffer(param.device)
         entry = optimizer.state[param] if names or rule.has_step else {}
         if rule.first_differs(group) and any(entry.get(name) is None for name in names):
             return False
@@ -76,11 +80,21 @@ def init_group(
                 entry["step"] = host.new_state(param, "step").to(param.device)
             elif not step_count.stays(entry["step"], param.device):
                 entry["step"] = step_count.as_step(entry["step"]).to(param.device)
+            if shared[entry["step"].data_ptr()] > 1:
+                shared[entry["step"].data_ptr()] -= 1
+                own = host.own_step(entry["step"])
+                entry["step"] = entry["step"] if own is None else own
             steps.append(entry["step"])
         params.append(param)
         grads.append(grad)
         states.extend(entry[name] for name in names)
     return True
+
+
+def _step_uses(optimizer: FusedOptimizer) -> Counter[int]:
+    """How many params have their step count at an address."""
+    entries = [e for e in optimizer.state.values() if isinstance(e, dict)]
+    return Counter(e["step"].data_ptr() for e in entries if isinstance(e.get("step"), Tensor))
 
 
 def _hyper_keys(rule: Rule) -> list[tuple[str, int]]:

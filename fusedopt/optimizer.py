@@ -80,7 +80,7 @@ class FusedOptimizer(options.InGroups, Optimizer):
     def _start(self, given: dict[str, Any]) -> None:
         """Sets what is not part of a checkpoint or a copy. Attributes of the instance: a wrapper
         that inherits from its class, and hands on what it lacks, must not find others."""
-        self._candidates = backends.candidates(backends.check_name(given["backend"]))
+        self._candidates = backends.Candidates(backends.check_name(given["backend"]))
         self._candidates_for = given["backend"]
         self._checked_group: Any = _UNCHECKED  # the process_group of the last step with a norm
         self._checked_options = ()
@@ -189,7 +189,7 @@ class FusedOptimizer(options.InGroups, Optimizer):
             shards.check_norm(self)
             request.process_group = self._checked_group = self.process_group
         reasons = []
-        for name, module in self._candidates:
+        for name, module in self._candidates.of(tensors.param_groups):
             reason = module.step(tensors, request)
             if not reason:
                 self._backend_in_use = name
@@ -217,9 +217,9 @@ class FusedOptimizer(options.InGroups, Optimizer):
     def grad_norm(self) -> Tensor | None:
         """Total L2 norm of the gradients of the last step, before clipping and after unscaling.
 
-        A 0-dim float32 tensor on the params' device, the same tensor for each step: clone it to
-        keep a value. None before the first step, and where neither `max_grad_norm` nor
-        `skip_nonfinite` asks for a norm.
+        A 0-dim float32 tensor on the device of the first param with a gradient, the same tensor for
+        each step until that is another device: clone it to keep a value. None before the first
+        step, and where neither `max_grad_norm` nor `skip_nonfinite` asks for a norm.
         """
         return self._norm_tensor
 
@@ -227,7 +227,9 @@ class FusedOptimizer(options.InGroups, Optimizer):
     def skipped_steps(self) -> Tensor:
         """How many steps `skip_nonfinite` or a GradScaler's overflow has made a no-op.
 
-        A 0-dim int64 tensor on the params' device, the same tensor for each step.
+        A 0-dim int64 tensor on the device of the first param with a gradient, the same tensor for
+        each step until that is another device; before the first step on the CPU. Read the property
+        again where that may have changed: the tensor that counts on is another one then.
         """
         return self._skipped_buffer() if self._skipped_tensor is None else self._skipped_tensor
 
@@ -247,18 +249,13 @@ class FusedOptimizer(options.InGroups, Optimizer):
         )
 
     def _norm_buffer(self, device: torch.device | str) -> Tensor:
-        device = torch.device(device)
-        if self._norm_tensor is None or self._norm_tensor.device.type != device.type:
-            with _disable_current_modes():  # under a FakeTensorMode a fake one would be kept
-                self._norm_tensor = torch.zeros((), dtype=torch.float32, device=device)
+        """`grad_norm` on a device, brought there with its value from another one."""
+        self._norm_tensor = _figure(self._norm_tensor, torch.float32, device)
         return self._norm_tensor
 
     def _skipped_buffer(self, device: torch.device | str = "cpu") -> Tensor:
-        if self._skipped_tensor is None:
-            with _disable_current_modes():
-                self._skipped_tensor = torch.zeros((), dtype=torch.int64, device=device)
-        elif self._skipped_tensor.device.type != torch.device(device).type:
-            self._skipped_tensor = self._skipped_tensor.to(device)
+        """`skipped_steps` on a device, brought there with its value from another one."""
+        self._skipped_tensor = _figure(self._skipped_tensor, torch.int64, device)
         return self._skipped_tensor
 
     def state_dict(self) -> dict[str, Any]:
@@ -303,3 +300,13 @@ class FusedOptimizer(options.InGroups, Optimizer):
         for group in self.param_groups:
             for name, default in self.defaults.items():
                 group.setdefault(name, default)
+
+
+def _figure(tensor: Tensor | None, dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    """A 0-dim tensor on a device, with the value of `tensor` where that has one."""
+    if tensor is not None and tensor.device == device:
+        return tensor
+    with _disable_current_modes():  # under a FakeTensorMode a fake one would be kept
+        if tensor is None or tensor.is_meta:
+            return torch.zeros((), dtype=dtype, device=device)
+        return tensor.to(device)

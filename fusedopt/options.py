@@ -145,7 +145,7 @@ class InGroups:
 
     param_groups: list[dict[str, Any]]
     defaults: dict[str, Any]
-    _candidates: list[tuple[str, Any]]
+    _candidates: backends.Candidates
     _candidates_for: str
     _checked_options: tuple[Any, ...]  # the last ones that were found right
     _checked_keys: int  # how many all groups had when they were looked at
@@ -188,7 +188,7 @@ class InGroups:
         others = {other: self._option(other) for other in DEFAULTS if other != name}
         check({**others, name: value})
         if name == "backend":
-            backends.candidates(backends.check_name(value))  # raises where it cannot serve
+            backends.Candidates(backends.check_name(value))  # raises where it cannot serve
         for target in (self.defaults, *self.param_groups):
             target[name] = value
 
@@ -228,7 +228,7 @@ class InGroups:
         if not all(map(is_, values, self._checked_options)) or not self._checked_options:
             check(dict(zip(DEFAULTS, values, strict=True)))
             if values[-1] != self._candidates_for:
-                self._candidates = backends.candidates(backends.check_name(values[-1]))
+                self._candidates = backends.Candidates(backends.check_name(values[-1]))
                 self._candidates_for = values[-1]
             self._checked_options = values
         max_grad_norm, clip_grad_value, skip_nonfinite, process_group, _ = values

@@ -41,8 +41,12 @@ class Host:
         self.refuses_dtensors = False
         self.met_dtensor = False
 
-    def keep_for_graph(self) -> None:
-        """Called at the begin of each step: keeps what a graph under capture will read."""
+    def begin(self, optimizer: Any) -> Any:
+        """Called before each step of an optimizer; end() is given what it returns."""
+        return None
+
+    def end(self, turn: Any) -> None:
+        """Called after each begin() and what followed it."""
 
     @on_one_thread
     def new_state(self, param: Tensor, key: str) -> Tensor:
@@ -72,6 +76,11 @@ class Host:
     ) -> tuple[Tensor, Callable[[], None]]:
         """For a step count that the native plan does not read: see `step_count.borrow`."""
         return step_count.borrow(state, param.device)
+
+    @on_one_thread
+    def own_step(self, step: Tensor) -> Tensor | None:
+        """A copy, for one param, of a step count that others have, too; None to leave it."""
+        return step_count.own(step)
 
     @on_one_thread
     def resolve(self, tensor: Any, role: str, group: int, index: int, param: Any) -> Tensor | None:

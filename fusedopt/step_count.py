@@ -105,6 +105,15 @@ def advance(state: dict[str, Any]) -> None:
         state["step"] = as_step(count + 1)
 
 
+def own(step: Tensor) -> Tensor | None:
+    """A copy, for one param, of a step tensor that is in the state of others, too, and would be
+    counted once for each in a step. None in shared memory, whose count is not this process's alone.
+    """
+    if step.device.type == "cpu" and step.is_shared():
+        return None
+    return step.detach().clone()
+
+
 def borrow(state: dict[str, Any], device: torch.device) -> tuple[Tensor, Callable[[], None]]:
     """A tensor for a native driver to count in where it cannot count in `state["step"]` itself.
 

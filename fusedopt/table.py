@@ -48,6 +48,7 @@ class Table:
 
     def __init__(self) -> None:
         self.rows: list[Row] = []
+        self.steps: set[int] = set()  # addresses of step counts
         self._changes: list[tuple[dict[Any, Any], Any, Any]] = []
 
     def set(self, target: dict[Any, Any], key: Any, value: Any) -> None:
@@ -189,6 +190,12 @@ def _row(
         if "step" not in entry:
             table.set(entry, "step", host.new_state(param, "step"))
         _check_step(where, entry["step"], valueless)
+        if isinstance(entry["step"], Tensor) and not fake.is_fake(entry["step"]):
+            address = entry["step"].data_ptr()
+            own = step_count.own(entry["step"]) if address in table.steps else None
+            if own is not None:
+                table.set(entry, "step", own)
+            table.steps.add(address)
     return Row(param, local, grad, tensors, entry, group, first, valueless)
 
 

@@ -140,6 +140,7 @@ CUDA_MUTATIONS = {
         "static_cast<int32_t>(static_cast<uint32_t>(ref.index) * kChunk)",
     ),
     "CUDA: no step increment": ("cuda/step.cuh", "*a.rows[r].step += 1;", "*a.rows[r].step += 0;"),
+    "CUDA: state stays new": ("cuda/step.cuh", "a.rows[r].first = 0;", ""),
 }
 
 TRITON_TESTS = [

@@ -61,18 +61,18 @@ def test_ten_thousand_tensors_of_three_dtypes_in_465_groups_are_one_launch() -> 
         optimizer.step()
         assert launches() - before == 1
         uploads.append(driver_of(optimizer).plan.uploads)
-    # Table, gradient pointers and groups; once more when the state is no longer new; then nothing.
-    assert uploads == [2, 4, 4, 4]
+    # Table; gradient pointers and groups; then nothing.
+    assert uploads == [2, 2, 2, 2]
     assert all(p.isfinite().all() for p in params)
 
 
 def test_the_usual_step_uploads_nothing() -> None:
     params = make_params([100] * 50, torch.float32)
     optimizer = fusedopt.FusedAdamW(params, lr=1e-3, max_grad_norm=1.0, backend="cuda")
-    for _ in range(2):
-        optimizer.step()
+    optimizer.step()
     plan = driver_of(optimizer).plan
     uploads = plan.uploads
+    assert uploads == 1
     for i in range(5):
         for p in params:  # new gradients, another lr: both travel as arguments
             p.grad = torch.randn(100)
@@ -82,6 +82,43 @@ def test_the_usual_step_uploads_nothing() -> None:
     params[7].data = params[7].data.clone()
     optimizer.step()
     assert plan.uploads == uploads + 1
+
+
+def test_a_first_step_that_is_skipped_is_followed_by_a_first_one() -> None:
+    params = make_params([5, 70], torch.float32)
+    twins = make_params([5, 70], torch.float32)
+    options: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "dampening": 0.5, "skip_nonfinite": True}
+    ours = fusedopt.FusedSGD(params, backend="cuda", **options)
+    same = fusedopt.FusedSGD(twins, backend="cpu", **options)
+    good = [p.grad for p in params]
+    for step in range(4):
+        for group in (params, twins):
+            for p, grad in zip(group, good, strict=True):
+                p.grad = torch.full_like(p, float("inf")) if step in (0, 2) else grad
+        ours.step()
+        same.step()
+    assert ours.skipped_steps.item() == 2
+    for p, twin in zip(params, twins, strict=True):
+        torch.testing.assert_close(p, twin)
+        key = "momentum_buffer"
+        torch.testing.assert_close(ours.state[p][key], same.state[twin][key])
+
+
+@pytest.mark.parametrize("way", list(_native.WAYS))
+def test_each_way_of_reading_tensors_serves(way: str) -> None:
+    before = _native._C.build_info()["tensor_access"]  # type: ignore[union-attr]
+    try:
+        _native.use_tensor_access(way)
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    try:
+        params = make_params([5, 70], torch.float32)
+        start = [p.detach().clone() for p in params]
+        fusedopt.FusedAdamW(params, max_grad_norm=1.0, backend="cuda").step()
+        assert fusedopt.clip_grad_norm_(params, 0.1) > 0.1
+    finally:
+        _native.use_tensor_access(before)
+    assert not any(torch.equal(p, s) for p, s in zip(params, start, strict=True))
 
 
 @pytest.mark.parametrize("case", SHORT, ids=str)

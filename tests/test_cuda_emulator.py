@@ -21,7 +21,9 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build(tmp_path_factory.mktemp("emulated"))
 
 
-def run(site: Path, geometry: str, *arguments: str, measured: bool = False) -> str:
+def run(
+    site: Path, geometry: str, *arguments: str, measured: bool = False, **environment: str
+) -> str:
     """Runs tests over the backend "cuda" with a grid of blocks x threads; returns the output."""
     return run_tests(
         site,
@@ -30,6 +32,7 @@ def run(site: Path, geometry: str, *arguments: str, measured: bool = False) -> s
         measured=measured,
         FUSEDOPT_TEST_BACKENDS="cuda",
         FUSEDOPT_TEST_GEOMETRY=geometry,
+        **environment,
     )
 
 
@@ -55,3 +58,10 @@ def test_grids_of_other_sizes(emulated: Path, geometry: str) -> None:
 
 def test_the_driver(emulated: Path) -> None:
     assert passed(run(emulated, "4x32", "tests/test_cuda.py", measured=True)) > 50
+
+
+def test_two_devices(emulated: Path) -> None:
+    output = run(
+        emulated, "2x8", "tests/test_cuda_devices.py", measured=True, FUSEDOPT_EMULATED_GPUS="2"
+    )
+    assert passed(output) > 35

@@ -303,8 +303,9 @@ def test_graph_replays_honour_lr_and_advance_step(backend: str) -> None:
     reference = fusedopt.FusedAdamW(plain, lr=1e-2, max_grad_norm=1.0, backend=backend)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
+    warm_ups = 1 if backend == "cuda" else 2  # Triton's table says which state is new
     with torch.cuda.stream(side):
-        for _ in range(2):
+        for _ in range(warm_ups):
             optimizer.step()
             reference.step()
     torch.cuda.current_stream().wait_stream(side)
@@ -316,7 +317,7 @@ def test_graph_replays_honour_lr_and_advance_step(backend: str) -> None:
         graph.replay()
         reference.param_groups[0]["lr"] = lr.item()
         reference.step()
-    assert optimizer.state[params[0]]["step"].item() == 5
+    assert optimizer.state[params[0]]["step"].item() == warm_ups + 3
     for a, b in zip(params, plain, strict=True):
         torch.testing.assert_close(a, b)
 

@@ -4,6 +4,8 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <atomic>
+#include <mutex>
 #include <vector>
 
 #include "cuda/clip.cuh"
@@ -13,7 +15,8 @@ namespace {
 
 using Kernel = void (*)(const StepArgs);
 
-int64_t launch_count = 0;
+std::atomic<int64_t> launch_count{0};
+std::atomic<uint64_t> launched_on{0};  // a bit for each device
 int asked_blocks = 0, asked_threads = 0;
 
 std::string failed(const char* call, cudaError_t error) {
@@ -26,7 +29,29 @@ std::string failed(const char* call, cudaError_t error) {
     if (const cudaError_t error = (call); error != cudaSuccess) return failed(#call, error); \
   } while (false)
 
-// Makes a device the current one while it lives.
+// Whether this process has a context on a device. To make one costs hundreds of MB of its memory.
+bool has_context(int device) {
+  using GetState = int (*)(int device, unsigned* flags, int* active);
+  static const GetState get_state = [] {
+    const char* const name = "cuDevicePrimaryCtxGetState";
+    void* found = nullptr;
+#if CUDART_VERSION >= 12050
+    const cudaError_t error =
+        cudaGetDriverEntryPointByVersion(name, &found, 7000, cudaEnableDefault);
+#else
+    const cudaError_t error = cudaGetDriverEntryPoint(name, &found, cudaEnableDefault);
+#endif
+    if (error != cudaSuccess) cudaGetLastError();
+    return error == cudaSuccess ? reinterpret_cast<GetState>(found) : nullptr;
+  }();
+  unsigned flags = 0;
+  int active = 0;
+  return get_state != nullptr && get_state(device, &flags, &active) == 0 && active != 0;
+}
+
+// Makes a device the current one while it lives. A thread that has used no device yet is said to be
+// on device 0; it is brought back there only where that makes no context. Torch's guard, which
+// callers hold around a step, remembers the device of such a thread instead.
 class DeviceGuard {
  public:
   std::string enter(int device) {
@@ -37,7 +62,7 @@ class DeviceGuard {
     return "";
   }
   ~DeviceGuard() {
-    if (changed_) cudaSetDevice(before_);
+    if (changed_ && has_context(before_)) cudaSetDevice(before_);
   }
 
  private:
@@ -51,7 +76,9 @@ std::string resident_blocks(Kernel kernel, int device, int threads, int* blocks)
     Kernel kernel;
     int device, threads, blocks;
   };
-  static std::vector<Known> known;  // used under the GIL
+  static std::vector<Known> known;
+  static std::mutex mutex;  // the GIL is not always held here
+  const std::lock_guard lock(mutex);
   for (const Known& k : known) {
     if (k.kernel == kernel && k.device == device && k.threads == threads) {
       *blocks = k.blocks;
@@ -82,15 +109,70 @@ std::string launch_kernel(Kernel kernel, const StepArgs& args, int device, uintp
   FUSEDOPT_TRY(cudaLaunchCooperativeKernel(kernel, dim3(blocks), dim3(threads), arguments, 0,
                                            reinterpret_cast<cudaStream_t>(stream)));
   ++launch_count;
+  if (device < 64) launched_on |= uint64_t{1} << device;
   return "";
+}
+
+std::string unserved_kernel(Kernel kernel, int device) {
+  DeviceGuard guard;
+  if (std::string error = guard.enter(device); !error.empty()) return error;
+  cudaFuncAttributes attributes;
+  FUSEDOPT_TRY(cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)));
+  int blocks = 0;
+  return resident_blocks(kernel, device, kThreads, &blocks);
+}
+
+std::string version_text(int version) {  // 12010 is 12.1
+  return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
 }
 
 }  // namespace
 
 std::string unavailable() {
-  int count = 0;
+  int driver = 0, runtime = 0, count = 0;
+  FUSEDOPT_TRY(cudaDriverGetVersion(&driver));
+  FUSEDOPT_TRY(cudaRuntimeGetVersion(&runtime));
+  if (driver == 0) return "there is no NVIDIA driver";
+  // A driver serves the minor versions of its major version, too, but not all that they can do.
+  int needed = runtime / 1000 * 1000;
+  if (sizeof(StepArgs) > kSmallArgs) needed = std::max(needed, kLargeArgsSince);
+  if (driver < needed)
+    return "the NVIDIA driver is for CUDA " + version_text(driver) + ", and the kernels need " +
+           version_text(needed) + " (built with " + version_text(runtime) + ")";
   FUSEDOPT_TRY(cudaGetDeviceCount(&count));
   return count > 0 ? "" : "there is no CUDA device";
+}
+
+std::string capabilities(std::vector<int>* of_devices) {
+  int count = 0;
+  FUSEDOPT_TRY(cudaGetDeviceCount(&count));
+  for (int device = 0; device < count; ++device) {
+    int major = 0, minor = 0;
+    FUSEDOPT_TRY(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+    FUSEDOPT_TRY(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
+    of_devices->push_back(10 * major + minor);
+  }
+  return "";
+}
+
+std::string unserved(RuleId rule, int device) {
+  switch (rule) {
+#define FUSEDOPT_UNSERVED(Rule) \
+  case RuleId::k##Rule:         \
+    return unserved_kernel(step_kernel<Rule>, device);
+    FUSEDOPT_RULES(FUSEDOPT_UNSERVED)
+#undef FUSEDOPT_UNSERVED
+    case RuleId::kCount:
+      break;
+  }
+  return "no such rule";
+}
+
+std::string unserved_clip(int device) { return unserved_kernel(clip_kernel, device); }
+
+bool uses_several_devices() {
+  const uint64_t used = launched_on;
+  return (used & (used - 1)) != 0;
 }
 
 const char* archs() { return FUSEDOPT_CUDA_ARCHS; }

@@ -3,14 +3,26 @@
 
 #include <cstdint>
 #include <string>
+#include <vector>
 
 #include "cuda/step.h"
 #include "rules/registry.h"
 
 namespace fusedopt::cuda {
 
-// Why no kernel can run on this machine, or "".
+// Why no kernel can run on this machine, or "". Makes no context on a device.
 std::string unavailable();
+
+// The compute capability of each device, such as 90. "", or what failed. Makes no context.
+std::string capabilities(std::vector<int>* of_devices);
+
+// Why the kernel of a rule, or that of launch_clip, cannot run on a device, or "". It is loaded
+// there, for which the device may have to become idle: call it without the GIL.
+std::string unserved(RuleId rule, int device);
+std::string unserved_clip(int device);
+
+// Whether this process has launched on more than one device.
+bool uses_several_devices();
 
 // What was compiled, such as "80 90 100 120+PTX", or "none".
 const char* archs();

@@ -4,7 +4,8 @@
 // squares, each block's share into its own slot; a grid barrier; every block adds the slots in the
 // same order and derives clip_coef; pass 2 updates, backwards, so that the gradients that were read
 // last are still in the L2 cache. Without a norm there is one pass and no barrier. The last block
-// to end advances the step counts and writes the figures, so nothing of a step needs the host.
+// to end advances the step counts and writes the figures, so nothing of a step needs the host, and
+// notes in the table that the state is no longer new.
 #pragma once
 
 #include <cooperative_groups.h>
@@ -144,8 +145,11 @@ __global__ void __launch_bounds__(kThreads, 4) step_kernel(const __grid_constant
     const double squared = sum_of_partials(a, scratch);
     if (threadIdx.x == 0) *a.squared_norm_out = squared;
   } else if (!d.skipped) {
-    for (int r = static_cast<int>(threadIdx.x); r < a.row_count; r += static_cast<int>(blockDim.x))
+    for (int r = static_cast<int>(threadIdx.x); r < a.row_count;
+         r += static_cast<int>(blockDim.x)) {
       if (a.rows[r].step != nullptr) *a.rows[r].step += 1;
+      if (a.rows[r].first != 0) a.rows[r].first = 0;  // so that the next step finds its table here
+    }
   }
   if (threadIdx.x != 0) return;
   a.workspace->finished = 0;

@@ -19,17 +19,22 @@ struct Workspace {
   uint32_t skipped;            // whether the last step was
 };
 
-// A kernel takes 32,764 bytes of arguments (toolkits before 12.1: 4 KiB). Gradient pointers and
-// groups change from step to step, and travel there; nothing has to be copied before the launch.
+// A kernel takes 32,764 bytes of arguments (toolkits and drivers before 12.1: 4 KiB). Gradient
+// pointers and groups change from step to step, and travel there; nothing has to be copied before
+// the launch.
+constexpr size_t kSmallArgs = 4096, kLargeArgs = 32764;
+constexpr int kLargeArgsSince = 12010;  // 12.1, as cudaDriverGetVersion says it
 #if defined(FUSEDOPT_CUDA_SMALL_ARGS)
 constexpr int kInlineWords = 480;
+constexpr size_t kMaxArgs = kSmallArgs;
 #else
 constexpr int kInlineWords = 4000;
+constexpr size_t kMaxArgs = kLargeArgs;
 #endif
 
 struct StepArgs {
   // The table, in device memory. Rows have no gradient there.
-  const Row* rows;
+  Row* rows;
   const Layout* layouts;
   const ChunkRef* chunks;
   int32_t row_count;
@@ -53,5 +58,6 @@ struct StepArgs {
   const uint64_t* spilled;
   uint64_t words[kInlineWords];
 };
+static_assert(sizeof(StepArgs) <= kMaxArgs, "kInlineWords must leave room for the other arguments");
 
 }  // namespace fusedopt::cuda

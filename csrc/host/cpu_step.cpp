@@ -1,21 +1,6 @@
 #include "host/cpu_step.h"
 
 namespace fusedopt::host {
-namespace {
-
-// Lets other Python threads run while it lives.
-class WithoutGil {
- public:
-  WithoutGil() : thread_(PyEval_SaveThread()) {}
-  ~WithoutGil() { PyEval_RestoreThread(thread_); }
-  WithoutGil(const WithoutGil&) = delete;
-  WithoutGil& operator=(const WithoutGil&) = delete;
-
- private:
-  PyThreadState* thread_;
-};
-
-}  // namespace
 
 cpu::StepResult run_on_cpu(Plan* plan, const cpu::StepOptions& options) {
   // A short step keeps the GIL: to hold its gradients would cost more than the step.

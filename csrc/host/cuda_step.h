@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstdlib>
 #include <memory>
 
 #include "cuda/launch.h"
@@ -11,9 +12,11 @@
 
 namespace fusedopt::host {
 
-// The kind of device that the CUDA driver takes tensors of.
+// The kind of device that the CUDA driver takes tensors of. The emulated GPU takes those of the
+// CPU, or where the tests pretend that some lie on GPUs, these.
 #if defined(FUSEDOPT_CUDA_EMULATOR)
-inline constexpr dlpack::DeviceType kCudaDevice = dlpack::kCPU;
+inline const dlpack::DeviceType kCudaDevice =
+    std::getenv("FUSEDOPT_EMULATED_GPUS") == nullptr ? dlpack::kCPU : dlpack::kCUDA;
 #else
 inline constexpr dlpack::DeviceType kCudaDevice = dlpack::kCUDA;
 #endif
@@ -32,7 +35,7 @@ struct CudaOptions {
 };
 
 // Belongs to one optimizer, and to one device. Asks the source's host for a workspace, too:
-// host.workspace(bytes) returns a tensor of zeros, the same on each call.
+// host.workspace_address(bytes) returns where bytes of zeros lie, the same on each call.
 class CudaDriver {
  public:
   // Starts the step, and returns without waiting for it. Returns whether it was skipped, where the

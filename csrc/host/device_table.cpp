@@ -71,6 +71,10 @@ bool DeviceTable::refresh(const TableSource& source) {
   return true;
 }
 
+void DeviceTable::end_first_step() {
+  for (Row& row : rows_) row.first = 0;
+}
+
 size_t DeviceTable::word_count(const TableView& table) {
   return table.rows.size() + table.groups.size() * kGroupWords;
 }

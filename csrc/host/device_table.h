@@ -30,6 +30,10 @@ class DeviceTable {
   // Uploads the static part where it has changed, and returns whether it has.
   bool refresh(const TableSource& source);
 
+  // The step that was run over the table has changed its rows on the device, too: their state is no
+  // longer that of a first step.
+  void end_first_step();
+
   // A word for each row's gradient pointer, then the groups.
   static size_t word_count(const TableView& table);
   static void write_words(const TableView& table, uint64_t* out);

@@ -76,14 +76,39 @@ void GroupReader::compare_options(PyObject* const* values, size_t index) {
   }
 }
 
-bool GroupReader::take_address(PyObject* lr, Group* out) const {
+bool GroupReader::take_address(PyObject* lr, size_t index, Group* out) {
   const TensorAccess& access = TensorAccess::instance();
   TensorView view;
   if (!on_device_ || !access.is_plain(lr) || !access.read(lr, &view) || view.numel() != 1 ||
       view.dl.device.type != *on_device_ || !floating_dtype(view.dl, &out->lr_dtype))
     return false;
   out->lr = static_cast<char*>(view.dl.data) + view.dl.byte_offset;
+  on_devices_.push_back({Ref::borrow(lr), index, view.dl.device.index});
   return true;
+}
+
+bool GroupReader::fetches(const OnDevice& lr, const std::vector<Row>& rows, int device) const {
+  return lr.device != device && std::any_of(rows.begin(), rows.end(), [&](const Row& row) {
+           return static_cast<size_t>(row.group) == lr.group;
+         });
+}
+
+bool GroupReader::must_fetch(const std::vector<Row>& rows, int device) const {
+  return std::any_of(on_devices_.begin(), on_devices_.end(),
+                     [&](const OnDevice& lr) { return fetches(lr, rows, device); });
+}
+
+void GroupReader::fetch(const std::vector<Row>& rows, int device, PyObject* host,
+                        std::vector<Group>* groups) const {
+  for (const OnDevice& lr : on_devices_) {
+    if (!fetches(lr, rows, device)) continue;
+    const Ref value = Ref::checked(PyObject_CallMethod(host, "fetch_lr", "On", lr.lr.get(),
+                                                       static_cast<Py_ssize_t>(lr.group)));
+    Group& group = (*groups)[lr.group];
+    group.hyper[0] = PyFloat_AsDouble(value.get());
+    if (PyErr_Occurred()) throw PythonError{};
+    group.lr = nullptr;
+  }
 }
 
 Ref GroupReader::read(PyObject* group, size_t index, Group* out) {
@@ -129,7 +154,7 @@ Ref GroupReader::read(PyObject* group, size_t index, Group* out) {
       PyErr_SetObject(PyExc_KeyError, key.name);
       throw PythonError{};
     }
-    if (k == 0 && take_address(value, out)) {
+    if (k == 0 && take_address(value, index, out)) {
       ++slot;
       continue;
     }

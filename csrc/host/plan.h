@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "core/table.h"
+#include "host/address_set.h"
 #include "host/device_table.h"
 #include "host/dict_reader.h"
 #include "host/group_reader.h"
@@ -42,11 +43,13 @@ class Plan {
   // One step: builds the table, and calls run(), which hands it to a driver and returns whether the
   // step was skipped. `host` is called for what is rare: new_state(param, key) for state that is
   // missing; resolve(tensor, role, group, index, param) for a plain tensor in place of a complex,
-  // sparse or otherwise odd one, or None; dense_state(tensor, role, group, index) for a dense copy, to be kept, of a
-  // sparse state tensor, or None for any other; borrow_step(param, state) for a float32 tensor to
-  // count in where state["step"] is none on the device, and a function to call after the step that
-  // brings the count back. Returns "" or the reason why the native drivers cannot serve these
-  // tensors; on a reason or an exception nothing has changed.
+  // sparse or otherwise odd one, or None; dense_state(tensor, role, group, index) for a dense copy,
+  // to be kept, of a sparse state tensor, or None for any other; borrow_step(param, state) for a
+  // float32 tensor to count in where state["step"] is none on the device, and a function to call
+  // after the step that brings the count back; own_step(step) for a copy of a count that another
+  // param has, too, or None to leave it; fetch_lr(lr, group) for the value of a tensor lr on
+  // another device. Returns "" or the reason why the native drivers cannot serve these tensors; on
+  // a reason or an exception nothing has changed.
   template <class Run>
   std::string step(PyObject* param_groups, PyObject* state, PyObject* host, Run run) {
     enter();
@@ -156,6 +159,7 @@ class Plan {
   void read_step(Candidate* candidate, Row* row);
   Ref borrow_step(Candidate* candidate);
   bool is_count(PyObject* step, TensorView* view) const;
+  void own_step(Candidate* candidate);
   void make_dense(Candidate* candidate, size_t key);
   void create(Candidate* candidate, size_t key);
   void set(Candidate* candidate, size_t key, Ref value, Ref before);
@@ -187,6 +191,7 @@ class Plan {
 
   // While the table is built.
   StateIndex index_;
+  AddressSet steps_;  // of the rows so far
   PyObject* host_ = nullptr;
   PyObject* state_ = nullptr;
   PyObject* param_ = nullptr;

@@ -74,6 +74,7 @@ bool Plan::build(PyObject* param_groups) {
   std::vector<Ref> lists;
   lists.reserve(count);
   groups_.resize(count);
+  group_reader_.begin();
   for (size_t g = 0; g < count; ++g) {
     PyObject* group = PyTuple_GET_ITEM(all.get(), static_cast<Py_ssize_t>(g));
     lists.push_back(group_reader_.read(group, g, &groups_[g]));
@@ -81,6 +82,7 @@ bool Plan::build(PyObject* param_groups) {
   size_t total = 0;
   for (const Ref& list : lists) total += static_cast<size_t>(PySequence_Fast_GET_SIZE(list.get()));
   index_.build(state_, total);
+  steps_.reset(total);
   candidates_.reserve(total);
   rows_.reserve(total);
   params_.reserve(total);
@@ -91,6 +93,10 @@ bool Plan::build(PyObject* param_groups) {
     group_index_ = candidates_[c].group;
     param_index_ = candidates_[c].index;
     if (!add_row(&candidates_[c])) return false;
+  }
+  if (group_reader_.must_fetch(rows_, device_index_)) {
+    hold_grads();
+    group_reader_.fetch(rows_, device_index_, host_, &groups_);
   }
   return true;
 }

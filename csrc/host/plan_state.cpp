@@ -78,12 +78,32 @@ Ref Plan::borrow_step(Candidate* candidate) {
   throw PythonError{};
 }
 
+// Two params whose state has one step tensor (checkpoints of optimizers with one count for a group
+// are loaded so) would count it twice in a step; on a GPU, whose threads count side by side, once
+// or twice. The later one is given a count of its own.
+void Plan::own_step(Candidate* candidate) {
+  hold_grads();
+  const size_t key = state_keys_.size() - 1;
+  PyObject* const shared = candidate->state[key].get();
+  Ref own = Ref::checked(PyObject_CallMethod(host_, "own_step", "O", shared));
+  if (own.get() != Py_None) set(candidate, key, std::move(own), Ref::borrow(shared));
+}
+
 void Plan::read_step(Candidate* candidate, Row* row) {
   const size_t key = state_keys_.size() - 1;
   Ref& step = candidate->state[key];
   TensorView view;
   if (!step) create(candidate, key);
-  if (!is_count(step.get(), &view)) {
+  const TensorAccess& access = TensorAccess::instance();
+  const auto address = [&] { return static_cast<char*>(view.dl.data) + view.dl.byte_offset; };
+  bool counts = is_count(step.get(), &view);
+  if (counts || (access.is_tensor(step.get()) && access.read(step.get(), &view))) {
+    if (view.dl.data != nullptr && !steps_.add(address())) {
+      own_step(candidate);
+      counts = is_count(step.get(), &view);
+    }
+  }
+  if (!counts) {
     const Ref pair = borrow_step(candidate);
     if (!PyTuple_Check(pair.get()) || PyTuple_GET_SIZE(pair.get()) != 2 ||
         !PyCallable_Check(PyTuple_GET_ITEM(pair.get(), 1)))
@@ -95,7 +115,7 @@ void Plan::read_step(Candidate* candidate, Row* row) {
             "the step of " + where() + " must be a number or a one-element tensor");
     give_back_.push_back(Ref::borrow(PyTuple_GET_ITEM(pair.get(), 1)));
   }
-  row->step = reinterpret_cast<float*>(static_cast<char*>(view.dl.data) + view.dl.byte_offset);
+  row->step = reinterpret_cast<float*>(address());
   if (device_ == dlpack::kCPU && !(*row->step >= 0))
     raise(PyExc_ValueError,
           "the step of " + where() + " must be a number >= 0, got " + std::to_string(*row->step));

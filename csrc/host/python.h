@@ -42,6 +42,18 @@ class Ref {
   PyObject* object_ = nullptr;
 };
 
+// Lets other Python threads run while it lives.
+class WithoutGil {
+ public:
+  WithoutGil() : thread_(PyEval_SaveThread()) {}
+  ~WithoutGil() { PyEval_RestoreThread(thread_); }
+  WithoutGil(const WithoutGil&) = delete;
+  WithoutGil& operator=(const WithoutGil&) = delete;
+
+ private:
+  PyThreadState* thread_;
+};
+
 inline PyObject* interned(const char* text) {
   PyObject* name = PyUnicode_InternFromString(text);
   if (name == nullptr) throw PythonError{};

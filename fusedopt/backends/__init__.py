@@ -2,7 +2,7 @@
 
 A backend is a module with
 
-- ``unavailable() -> str``: why it cannot run on this machine, or "".
+- ``unavailable() -> str``: why it cannot run on this machine, or "". It may ask CUDA.
 - ``step(optimizer, request) -> str``: runs the step, or says why it cannot serve these tensors and
   has changed nothing. "" means done.
 """
@@ -17,6 +17,13 @@ from typing import Any
 from torch import Tensor
 
 from fusedopt.backends import cpu, cuda, reference, triton
+
+# The types of devices that a backend takes params on; those that are not here, all.
+_DEVICE_TYPES: dict[str, tuple[str, ...]] = {
+    "cuda": (cuda.DEVICE_TYPE,),
+    "triton": ("cuda", "xpu"),  # its interpreter takes those on the CPU, but is for tests
+    "cpu": ("cpu",),
+}
 
 # In the order in which "auto" tries them.
 BACKENDS: dict[str, ModuleType] = {
@@ -68,8 +75,9 @@ def check_name(backend: str) -> str:
     return backend
 
 
-def candidates(backend: str) -> list[tuple[str, ModuleType]]:
-    """The backends to try for a checked name, those that run on this machine, best first.
+def candidates(backend: str, device_type: str | None = None) -> list[tuple[str, ModuleType]]:
+    """The backends to try for a checked name, those that run on this machine, best first: for
+    params on a type of device, or for any.
 
     Raises:
         RuntimeError: a backend asked for by name that cannot run on this machine, with the reason.
@@ -78,10 +86,44 @@ def candidates(backend: str) -> list[tuple[str, ModuleType]]:
         return [
             (name, module)
             for name, module in BACKENDS.items()
-            if not ((module is triton and triton.interpreted()) or module.unavailable())
+            if (device_type is None or device_type in _DEVICE_TYPES.get(name, (device_type,)))
+            and not ((module is triton and triton.interpreted()) or module.unavailable())
         ]
     module = BACKENDS[backend]
     reason = module.unavailable()
     if reason:
         raise RuntimeError(f"backend {backend!r} cannot serve: {reason}")
     return [(backend, module)]
+
+
+class Candidates:
+    """The `candidates` of one optimizer. "auto" asks which of them run on this machine when it
+    first meets params on a type of device: over params on the CPU it asks nothing of CUDA, which
+    would start its driver, and after that no forked process could use it.
+
+    Raises:
+        RuntimeError: as `candidates`.
+    """
+
+    def __init__(self, backend: str) -> None:
+        self._named = [] if backend == "auto" else candidates(backend)
+        self._by_type: dict[str, list[tuple[str, ModuleType]]] = {}
+
+    def of(self, param_groups: list[dict[str, Any]]) -> list[tuple[str, ModuleType]]:
+        """Those for the first param with a gradient, or where none has one, the first."""
+        if self._named:
+            return self._named
+        device_type = _device_type(param_groups)
+        if device_type not in self._by_type:
+            self._by_type[device_type] = candidates("auto", device_type)
+        return self._by_type[device_type]
+
+
+def _device_type(param_groups: list[dict[str, Any]]) -> str:
+    first = None
+    for group in param_groups:
+        for param in group["params"]:
+            if param.grad is not None:
+                return str(param.device.type)
+            first = param if first is None else first
+    return "cpu" if first is None else str(first.device.type)

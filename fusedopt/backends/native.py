@@ -6,7 +6,7 @@ import ctypes
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,16 +24,74 @@ _INFINITY = float("inf")
 
 def capturing(device: torch.device) -> bool:
     """Whether the device's current stream is being captured into a graph."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if device.type != "cuda":
+        return False
+    if device.index is None or device.index == torch.cuda.current_device():
+        return torch.cuda.is_current_stream_capturing()
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
+
+
+class Turn(NamedTuple):
+    """What a step on a GPU runs on.
+
+    Attributes:
+        stream: the device's current stream.
+        captures: whether it is being captured into a graph.
+    """
+
+    stream: Any
+    captures: bool
+
+    @property
+    def handle(self) -> int:
+        """The cudaStream_t; 0 for other kinds of streams."""
+        return getattr(self.stream, "cuda_stream", 0)
 
 
 class DeviceMemory:
-    """Memory on one device, for a native driver to ask for."""
+    """Memory on one device, for a native driver to ask for. The driver may change streams: steps
+    that share this memory run one after the other, and none of it is given back under one."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self._runtime: Any = getattr(torch, device.type)
         self._memory: dict[str, Tensor] = {}
         self._captured: list[Tensor] = []  # what captured graphs read: alive for good
+        # The last step outside of graphs: its stream, and an event after it. The stream may be
+        # destroyed by the next step.
+        self._last_stream: Any = None
+        self._last_step: Any = None
+
+    def begin(self, optimizer: Any) -> Turn | None:
+        """Called before each step of an optimizer, or of None; returns None for the CPU."""
+        if self.device.type == "cpu":
+            return None
+        turn = Turn(self._runtime.current_stream(self.device), capturing(self.device))
+        if turn.captures:  # whoever replays the graph orders that with other steps
+            known = {id(t) for t in self._captured}
+            self._captured += [t for t in self._memory.values() if id(t) not in known]
+        elif turn.stream != self._last_stream:
+            if self._last_step is not None:
+                turn.stream.wait_event(self._last_step)
+            self._record(optimizer, turn.stream)
+        return turn
+
+    def end(self, turn: Turn | None) -> None:
+        """Called after each begin() and what followed it."""
+        if turn is None or turn.captures:
+            return
+        if self._last_step is None:
+            self._last_step = self._runtime.Event()
+        self._last_step.record(turn.stream)
+        self._last_stream = turn.stream
+
+    def _record(self, optimizer: Any, stream: Any) -> None:
+        """Tells the allocator that a stream uses this memory, and the optimizer's figures."""
+        figures = [getattr(optimizer, n, None) for n in ("_norm_tensor", "_skipped_tensor")]
+        for tensor in (*self._memory.values(), *figures):
+            if tensor is not None and tensor.device == self.device:
+                tensor.record_stream(stream)
 
     def upload(self, address: int, size: int, slot: str) -> int:
         """Copies bytes of the host to device memory, and returns their address there.
@@ -50,7 +108,7 @@ class DeviceMemory:
         source = torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=pinned)
         ctypes.memmove(source.data_ptr(), address, size)
         # The pinned memory is reused only after the copy, the old table only after its kernels:
-        # both allocators go by the stream.
+        # both allocators go by the stream, and begin() tells them of the others.
         self._memory[slot] = table = source.to(self.device, non_blocking=True, copy=True)
         return table.data_ptr()
 
@@ -61,11 +119,8 @@ class DeviceMemory:
             self._memory["workspace"] = zeros
         return self._memory["workspace"]
 
-    def keep_for_graph(self) -> None:
-        """Under graph capture, keeps all memory of this step alive: the graph will read it."""
-        if capturing(self.device):
-            known = {id(t) for t in self._captured}
-            self._captured += [t for t in self._memory.values() if id(t) not in known]
+    def workspace_address(self, size: int) -> int:
+        return self.workspace(size).data_ptr()
 
 
 class DeviceHost(DeviceMemory, Host):
@@ -81,6 +136,32 @@ class DeviceHost(DeviceMemory, Host):
             raise RuntimeError("run one step before a CUDA graph is captured: it makes the state")
         return super().new_state(param, key).to(param.device)
 
+    def own_step(self, step: Tensor) -> Tensor | None:
+        """As Host.
+
+        Raises:
+            RuntimeError: under graph capture, whose replays would begin with the copy.
+        """
+        if capturing(self.device):
+            raise RuntimeError(
+                "params share a step count: run one step before a CUDA graph is captured, which "
+                "gives each its own"
+            )
+        return super().own_step(step)
+
+    def fetch_lr(self, lr: Tensor, group: int) -> float:
+        """The value of a tensor lr that lies on another device than the params.
+
+        Raises:
+            RuntimeError: under graph capture, which cannot wait for it.
+        """
+        if capturing(self.device):
+            raise RuntimeError(
+                f'param_groups[{group}]["lr"] is on {lr.device} and its params are on '
+                f"{self.device}: a CUDA graph needs it on the params' device"
+            )
+        return float(lr)
+
 
 @dataclass
 class Options:
@@ -93,6 +174,7 @@ class Options:
         grad_scale, found_inf: 0-dim float32, or None.
         grad_norm: 0-dim float32 that takes the total norm, or None.
         skipped_steps: 0-dim int64 that a skipped step adds 1 to, or None.
+        stream: the cudaStream_t; 0 for other kinds of devices.
     """
 
     device: torch.device
@@ -104,6 +186,7 @@ class Options:
     skip_nonfinite: bool
     grad_norm: Tensor | None
     skipped_steps: Tensor | None
+    stream: int = 0
 
 
 class Driver(ABC):
@@ -145,10 +228,12 @@ class Native:
         name: str,
         device_type: str,
         new_driver: Callable[[Rule, torch.device], Driver],
+        unserved: Callable[[Rule, torch.device], str] = lambda rule, device: "",
     ) -> None:
         self._name = name
         self._type = device_type
         self._new_driver = new_driver
+        self._unserved = unserved  # why a rule cannot run on a device, or ""
 
     def step(self, optimizer: FusedOptimizer, request: Request) -> str:
         device = next(_devices(optimizer), None)
@@ -156,14 +241,20 @@ class Native:
             return self._step_without_gradients(optimizer, request)
         if device.type != self._type:
             return f"the first param with a gradient is not on a {self._type} device"
-        reason = ""
+        reason = self._unserved(optimizer.rule, device)
+        if reason:
+            return reason
         if not (request.needs_norm and request.process_group is not None):
             driver = self._driver(optimizer, (device, ()))
             # The norm of DTensors is a sum over ranks. To have met one is to meet it again.
             driver.host.refuses_dtensors = request.needs_norm
             if not (request.needs_norm and driver.host.met_dtensor):
-                options = _options(optimizer, request, device, device)
-                reason = driver.step(optimizer.param_groups, optimizer.state, options)
+                turn = driver.host.begin(optimizer)
+                try:
+                    options = _options(optimizer, request, device, device, turn)
+                    reason = driver.step(optimizer.param_groups, optimizer.state, options)
+                finally:
+                    driver.host.end(turn)
                 if not reason:
                     return ""
             if not driver.host.met_dtensor and all(d == device for d in _devices(optimizer)):
@@ -189,7 +280,6 @@ class Native:
         if key not in optimizer._drivers:
             optimizer._drivers.setdefault(key, self._new_driver(optimizer.rule, part[0]))
         driver: Driver = optimizer._drivers[key]
-        driver.host.keep_for_graph()
         return driver
 
     def _step_in_parts(
@@ -198,8 +288,13 @@ class Native:
         """A step whose norm spans devices or ranks: the norm of each part, their sum, the update.
         The figures are written on the main device."""
         parts, kinds = _parts(optimizer, request.process_group)
+        for device, _ in parts:
+            reason = self._unserved(optimizer.rule, device)
+            if reason:
+                return reason
         drivers = {part: self._driver(optimizer, part) for part in parts}
         refreshed: list[Driver] = []
+        turns = {part: driver.host.begin(optimizer) for part, driver in drivers.items()}
         try:
             for part, driver in drivers.items():
                 driver.host.refuses_dtensors = False
@@ -222,15 +317,20 @@ class Native:
                 scale = 1.0 if request.grad_scale is None else request.grad_scale.to(main)
                 optimizer._norm_buffer(main).copy_(total.sqrt() / scale)
             figures_on: torch.device | None = main
-            for (device, _), driver in drivers.items():
+            for part, driver in drivers.items():
+                device = part[0]
                 squared = None if total is None else total.to(device)
-                driver.apply(squared, _options(optimizer, request, device, figures_on))
+                options = _options(optimizer, request, device, figures_on, turns[part])
+                driver.apply(squared, options)
                 if device == main:  # once
                     figures_on = None
         except BaseException:
             for driver in refreshed:
                 driver.roll_back()
             raise
+        finally:
+            for part, driver in drivers.items():
+                driver.host.end(turns[part])
         return ""
 
 
@@ -271,6 +371,7 @@ def _options(
     request: Request,
     device: torch.device,
     figures_on: torch.device | None,
+    turn: Turn | None,
 ) -> Options:
     """For one of the devices; figures are written where it is `figures_on`."""
     max_norm, clip_value = request.max_grad_norm, request.clip_grad_value
@@ -285,6 +386,7 @@ def _options(
         skip_nonfinite=request.skip_nonfinite,
         grad_norm=optimizer._norm_buffer(device) if figures and request.needs_norm else None,
         skipped_steps=optimizer._skipped_buffer(device) if figures else None,
+        stream=0 if turn is None else turn.handle,
     )
 
 

@@ -1,6 +1,6 @@
 """The Triton driver (triton_kernels/) for params on NVIDIA, AMD and Intel GPUs.
 
-triton is imported where there is such a device, when the first optimizer is made. Under
+triton is imported where there is such a device, in the first step over params on one. Under
 TRITON_INTERPRET=1 its interpreter runs the kernels over CPU tensors, for tests.
 """
 

@@ -12,16 +12,21 @@
 #include <algorithm>
 #include <atomic>
 #include <barrier>
+#include <chrono>
 #include <cmath>
+#include <condition_variable>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <map>
 #include <memory>
 #include <mutex>
+#include <set>
 #include <string>
 #include <thread>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 // After the standard headers, which use the same words for themselves.
@@ -149,42 +154,4 @@ T __ldcg(const T* p) {
   return *p;
 }
 
-enum cudaError_t {
-  cudaSuccess = 0,
-  cudaErrorInvalidConfiguration = 9,
-  cudaErrorCooperativeLaunchTooLarge = 720
-};
-enum cudaDeviceAttr { cudaDevAttrCooperativeLaunch, cudaDevAttrMultiProcessorCount };
-enum cudaMemcpyKind { cudaMemcpyDeviceToHost };
-using cudaStream_t = struct CUstream_st*;
-
-inline const char* cudaGetErrorString(cudaError_t e) {
-  return e == cudaSuccess ? "no error" : "invalid launch configuration";
-}
-inline cudaError_t cudaGetLastError() { return cudaSuccess; }
-inline cudaError_t cudaGetDeviceCount(int* count) { return *count = 1, cudaSuccess; }
-inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
-inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  *value = attribute == cudaDevAttrCooperativeLaunch ? 1 : cuda_emulator::kProcessors;
-  return cudaSuccess;
-}
-template <class Kernel>
-cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel, int, size_t) {
-  return *blocks = 1, cudaSuccess;
-}
-template <class Argument>
-cudaError_t cudaLaunchCooperativeKernel(void (*kernel)(Argument), dim3 blocks, dim3 threads,
-                                        void** arguments, size_t, cudaStream_t) {
-  if (blocks.x == 0 || threads.x == 0) return cudaErrorInvalidConfiguration;
-  if (blocks.x > cuda_emulator::kProcessors) return cudaErrorCooperativeLaunchTooLarge;
-  cuda_emulator::run_grid(kernel, blocks.x, threads.x,
-                          static_cast<std::remove_const_t<Argument>*>(arguments[0]));
-  return cudaSuccess;
-}
-inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t n, cudaMemcpyKind,
-                                   cudaStream_t) {
-  std::memcpy(to, from, n);
-  return cudaSuccess;
-}
-inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
+#include "machine.h"
