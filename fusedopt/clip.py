@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from fusedopt import fake
+from fusedopt import distributed, fake
 from fusedopt._native import _C
 from fusedopt.backends import cuda
 from fusedopt.forked import on_one_thread
@@ -151,7 +151,9 @@ def clip_grad_norm_(
     if coef is not None and coef >= 1:
         return total  # nothing to scale, nothing written
     if coef is None or not _scale(grads, coef, float("inf")):
-        scale = torch.clamp(max_norm / (total + 1e-6), max=1.0)
+        # Summed over the ranks first: torch 2.9 adds the 1e-6 on each of them before.
+        whole: Tensor = total.full_tensor() if distributed.is_dtensor(total) else total  # type: ignore
+        scale = torch.clamp(max_norm / (whole + 1e-6), max=1.0)
         for grad in grads:
             grad.mul_(scale.to(grad.device))
     return total

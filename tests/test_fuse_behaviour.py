@@ -18,7 +18,7 @@ from torch.optim import Optimizer, lr_scheduler
 
 import fusedopt
 from fusedopt import FusedAdam, FusedAdamW, FusedOptimizer, FusedSGD
-from tests import life
+from tests import life, old_torch
 from tests.helpers import (
     OPTIONS,
     TORCH,
@@ -243,7 +243,10 @@ def test_a_given_tensor_lr_leaves_initial_lr_alone() -> None:
     ("cls", "options"),
     [
         (FusedAdamW, {"betas": (0.5, 0.75), "eps": 1e-4, "amsgrad": False}),
-        (FusedAdam, {"decoupled_weight_decay": True, "maximize": True}),
+        pytest.param(
+            *(FusedAdam, {"decoupled_weight_decay": True, "maximize": True}),
+            marks=old_torch.needs_decoupled_adam,
+        ),
         (FusedSGD, {"momentum": 0.5, "dampening": 0.0, "nesterov": True}),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
@@ -336,6 +339,8 @@ def test_a_scheduler_goes_along(
     left = contents(source)["groups"]
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # scheduler.step() before optimizer.step(), says torch
+        # What SequentialLR of torch 2.6 does itself.
+        warnings.filterwarnings("ignore", "The epoch parameter in `scheduler.step")
         for number in range(before, before + 6):
             for optimizer, scheduler in zip((fused, oracle), schedulers, strict=True):
                 advance(optimizer, scheduler, number)

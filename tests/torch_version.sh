@@ -26,10 +26,11 @@ export PYTHONPATH=$PWD
 "$python" -m fusedopt | tee "$out/report.txt"
 grep -q '^tensor_access *direct$' "$out/report.txt"
 
-core=(backward bad_input checkpoint_copies checkpoint_load checkpoint_refused checkpoint_resume
-  checkpoint_torch clip_amp compile convert distributed distributed_checkpoint fuse layout
-  life_gradients life_groups life_hooks life_schedulers life_storage numerics optim_db plan
-  tensor_access)
+core=(atomic backward bad_input checkpoint_copies checkpoint_foreign checkpoint_load
+  checkpoint_refused checkpoint_resume checkpoint_torch checkpoint_values clip_amp compile convert
+  distributed distributed_backward distributed_checkpoint distributed_shards fake fuse
+  fuse_behaviour layout life_gradients life_groups life_hooks life_schedulers life_steps
+  life_storage numerics optim_db options plan tensor_access threads)
 core=("${core[@]/#/tests/test_}")
 OMP_WAIT_POLICY=passive "$python" -m pytest -q -rs -p no:cacheprovider -n 2 --dist loadfile \
   "${core[@]/%/.py}" 2>&1 | tee "$out/tests.txt" | tail -n 40
@@ -37,17 +38,17 @@ OMP_WAIT_POLICY=passive "$python" -m pytest -q -rs -p no:cacheprovider -n 2 --di
 "$python" -m bench host --workload 300-tiny-1-groups --variant steady --dtype float32 \
   --optimizer adamw --contestant fusedopt --contestant torch-fused --output "$out/host.json"
 "$python" - "$out" <<'PYTHON' | tee "$out/summary.txt"
-import json, re, sys
+import json, sys
 from pathlib import Path
 
-import triton
 from fusedopt import _native
+from fusedopt.__main__ import versions
 
 out = Path(sys.argv[1])
 run = json.loads((out / "host.json").read_text())
 reader = _native._C.build_info()["tensor_reader"]
 passed = (out / "tests.txt").read_text().splitlines()[-1].strip("= ")
-cells = [run["versions"]["torch"], triton.__version__, f"direct, {reader}", passed]
+cells = [run["versions"]["torch"], versions()["triton"] or "-", f"direct, {reader}", passed]
 for clip in (False, True):
     rows = {r["contestant"]: r for r in run["rows"] if r["clip"] is clip}
     ours, theirs = (rows[name]["median_s"] * 1e6 for name in ("fusedopt", "torch-fused"))
