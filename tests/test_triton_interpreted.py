@@ -37,6 +37,39 @@ def test_any_number_of_programs(case: Case, programs: int, monkeypatch: pytest.M
         torch.testing.assert_close(a, b, rtol=3e-7, atol=1e-8)
 
 
+F64, F32, BF16 = torch.float64, torch.float32, torch.bfloat16
+
+
+@pytest.mark.parametrize("clip", [None, 0.5])
+@pytest.mark.parametrize(
+    "dtypes",
+    [(F64, F64, F64), (F64, F32, F32), (F32, F64, F32), (F32, F32, F64), (BF16, BF16, F64)],
+    ids=str,
+)
+@pytest.mark.parametrize("case", SHORT, ids=str)
+def test_float64_operands_agree_with_the_cpu(
+    case: Case, dtypes: tuple[torch.dtype, ...], clip: float | None
+) -> None:
+    param, grad, state = dtypes  # test_gpu.py has the same for a GPU
+    results = []
+    for backend in ("triton", "cpu"):
+        params = make_params([1, 300, 70_000], param, grad_dtype=grad)
+        optimizer = case.fused(params, backend=backend, max_grad_norm=clip, **case.options)
+        optimizer.step()
+        for entry in optimizer.state.values():
+            for name, value in entry.items():
+                if name != "step" and value is not None:
+                    entry[name] = value.to(state)
+        optimizer.step()
+        entries = [t for e in optimizer.state.values() for t in e.values() if t is not None]
+        results.append([p.detach() for p in params] + entries)
+    for a, b in zip(*results, strict=True):
+        eps = torch.finfo(a.dtype).eps
+        # With a norm, whose sum has another order, the last bit of all products may differ.
+        tolerance = (4 * eps, eps / 100) if clip is None else (8 * eps, eps)
+        torch.testing.assert_close(a, b, rtol=tolerance[0], atol=tolerance[1])
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_aligned_and_misaligned_blocks_agree_bitwise(dtype: torch.dtype) -> None:
     # The same values, with every operand on a 16-byte boundary and with one off it.

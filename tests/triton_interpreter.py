@@ -17,6 +17,24 @@ from triton import language as tl
 from triton.runtime import interpreter
 
 
+def fma_of_float64(x: Any, y: Any, z: Any) -> Any:
+    """x y + z, rounded once: the product and the sum are pairs of numbers, exact in all but the
+    last bits of their low halves (Dekker, Knuth). Extended precision serves where a half overflows
+    or vanishes."""
+    with np.errstate(all="ignore"):
+        product = x * y
+        halves = [(a, a * 134217729.0) for a in (x, y)]
+        (xh, xl), (yh, yl) = ((c - (c - a), a - (c - (c - a))) for a, c in halves)
+        low = ((xh * yh - product) + xh * yl + xl * yh) + xl * yl
+        total = product + z
+        part = total - product
+        rest = (product - (total - part)) + (z - part)
+        exact = total + (rest.astype(np.longdouble) + low).astype(np.float64)
+        wide = np.longdouble(1) * x * y + z
+        usable = np.isfinite(exact) & (np.abs(product) > 1e-270)
+        return np.where(usable, exact, wide.astype(np.float64))
+
+
 def install() -> None:
     cast = interpreter.InterpreterBuilder.cast_impl
     launch = interpreter.GridExecutor.__call__
@@ -25,11 +43,12 @@ def install() -> None:
     prepared: set[str] = set()
 
     def fma(self: Any, x: Any, y: Any, z: Any) -> Any:
-        # The next wider type holds the product of two float32 exactly, and that of two float64 to
-        # 11 bits more than the result has.
-        wide = np.longdouble if z.data.dtype == np.float64 else np.float64
-        result = x.data.astype(wide) * y.data.astype(wide) + z.data.astype(wide)
-        return interpreter.TensorHandle(result.astype(z.data.dtype), z.dtype.scalar)
+        if z.data.dtype == np.float64:
+            result = fma_of_float64(x.data, y.data, z.data)
+        else:  # float64 holds the product exactly
+            wide = x.data.astype(np.float64) * y.data.astype(np.float64)
+            result = (wide + z.data.astype(np.float64)).astype(z.data.dtype)
+        return interpreter.TensorHandle(result, z.dtype.scalar)
 
     def cast_rounded(self: Any, src: Any, dst_type: Any) -> Any:
         if src.dtype.scalar == tl.float32 and dst_type.scalar == tl.bfloat16:
