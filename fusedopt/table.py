@@ -222,6 +222,10 @@ def _check(what: str, tensor: Any, param: Tensor, written: bool = True) -> None:
         )
     if tensor.device != param.device:
         raise RuntimeError(f"{what} is on {tensor.device}, expected {param.device}")
+    if written and tensor.is_inference() and not torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            f"Inplace update to inference tensor outside InferenceMode is not allowed: {what}"
+        )
     sizes = zip(tensor.shape, tensor.stride(), strict=True)
     if written and tensor.numel() and any(size > 1 and stride == 0 for size, stride in sizes):
         raise RuntimeError(

@@ -86,8 +86,17 @@ ADAMW: dict[str, Fault] = {
     "param is expanded": expanded,
     "grad_scale has elements": scale,
 }
+
+
+def inferred(optimizer: Any, last: Parameter) -> None:
+    with torch.inference_mode():
+        moments = {"exp_avg": torch.zeros(3, 4), "exp_avg_sq": torch.zeros(3, 4)}
+    optimizer.state[last] = {"step": torch.zeros(()), **moments}
+
+
 REFERENCE: dict[str, Fault] = {  # the kernels compute with what Python refuses
     "beta of one": hyper("betas", (1.0, 0.999)),
+    "state of inference mode": inferred,
 }
 SGD: dict[str, Fault] = {
     "momentum is text": hyper("momentum", "x"),

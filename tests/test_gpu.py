@@ -471,3 +471,34 @@ def test_tensors_on_the_gpu_are_read_as_python_sees_them(tensor_access: str) -> 
     sparse = torch.eye(3, device="cuda").to_sparse()
     negated = torch.tensor([1 + 2j], device="cuda").conj().imag
     assert [_native._C.describe(t) for t in (sparse, negated)] == [None, None]
+
+
+@pytest.mark.parametrize("skipped", [False, True])
+def test_step_counts_of_another_make(skipped: bool, backend: str) -> None:
+    """Those on the device and those in shared memory stay what they are; others are moved."""
+    counts = {
+        "one float32": torch.ones(1, device="cuda"),
+        "int64": torch.ones((), dtype=torch.int64, device="cuda"),
+        "one float64": torch.ones(1, dtype=torch.float64, device="cuda"),
+        "shared": torch.ones(1, dtype=torch.int64).share_memory_(),
+        "on the cpu": torch.ones(()),
+        "bfloat16": torch.ones((), dtype=torch.bfloat16, device="cuda"),
+    }
+    optimizer = adamw([40] * len(counts), backend)
+    twin = adamw([40] * len(counts), backend)
+    params = optimizer.param_groups[0]["params"]
+    for p, own in zip(params, counts.values(), strict=True):
+        optimizer.state[p]["step"] = own
+    for subject in (optimizer, twin):
+        if skipped:
+            subject.found_inf = torch.ones((), device="cuda")
+        subject.step()
+    expected = 1 if skipped else 2
+    for p, q, (kind, own) in zip(
+        params, twin.param_groups[0]["params"], counts.items(), strict=True
+    ):
+        assert torch.equal(p, q)
+        step = optimizer.state[p]["step"]
+        assert step.item() == expected
+        assert (step is own) == (kind not in ("on the cpu", "bfloat16"))
+        assert step is own or (step.device == p.device and step.dtype == torch.float32)

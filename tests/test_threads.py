@@ -20,7 +20,7 @@ import fusedopt
 from tests.cases import make_params
 from tests.helpers import bits
 
-NUMEL = 1_000_003  # 16 tasks
+NUMEL = 3_000_003  # 46 tasks
 SMALL = 1e-39  # a subnormal float32
 
 
