@@ -44,9 +44,9 @@ MUTATIONS = {
     "decay not decoupled from lr": ("rules/adamw.h", "exact_product(h.lr,", "exact_product(1.0,"),
     "stale lr": (
         "host/group_reader.cpp",
-        "out->hyper[slot++] = number(value, key.name);",
-        "{ static double seen = number(value, key.name);"
-        " out->hyper[slot] = slot == 0 ? seen : number(value, key.name); ++slot; }",
+        "out->hyper[slot++] = number(value, key);",
+        "{ static double seen = number(value, key);"
+        " out->hyper[slot] = slot == 0 ? seen : number(value, key); ++slot; }",
     ),
     "no bias correction of the first moment": ("rules/adamw.h", " * h.lr / correction1", " * h.lr"),
     "no bias correction of the second moment": (
