@@ -146,6 +146,7 @@ def test_a_missing_module_skips_its_test_files(tmp_path):
     skipped = [rest for verdict, rest in verdicts if verdict == "SKIP"]
     assert skipped == [
         "tests/test_bad_input.py: hypothesis is missing",
+        "tests/test_clip_amp.py: hypothesis is missing",
         "tests/test_layout.py: hypothesis is missing",
     ]
     assert "--ignore=tests/test_layout.py" in logs["tests"]
