@@ -9,7 +9,6 @@ import unittest
 import pytest
 import torch
 
-
 needs_grads_of_other_dtypes = pytest.mark.skipif(
     not hasattr(torch.Tensor, "grad_dtype"),
     reason=f"torch {torch.__version__} takes no gradient of another dtype than its param's",
