@@ -73,7 +73,8 @@ class FusedOptimizer(options.InGroups, Optimizer):
             groups = [group for group in given if isinstance(group, dict)]
             keywords = options.settle(keywords, groups)
             options.check(keywords)
-            params = given
+            if not isinstance(params, set):  # of which torch 2.15 warns
+                params = given
         self._start(keywords)
         super().__init__(params, {**self._plain(defaults), **keywords})
 
