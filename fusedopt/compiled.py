@@ -18,7 +18,7 @@ from torch import Tensor
 from fusedopt import distributed, step_count
 from fusedopt.backends import Request
 from fusedopt.plan import Host, is_sparse
-from fusedopt.rule import Rule
+from fusedopt.rule import hyper_keys
 
 if TYPE_CHECKING:
     from fusedopt.optimizer import FusedOptimizer
@@ -97,12 +97,6 @@ def _step_uses(optimizer: FusedOptimizer) -> Counter[int]:
     return Counter(e["step"].data_ptr() for e in entries if isinstance(e.get("step"), Tensor))
 
 
-def _hyper_keys(rule: Rule) -> list[tuple[str, int]]:
-    """(key, how many numbers it is a tuple of; 0 for one that is a number) of `Rule.hyper`."""
-    parts = [key.partition("[") for key in rule.hyper]
-    return [(name, int(count[:-1]) if count else 0) for name, _, count in parts]
-
-
 @torch.compiler.disable
 def _outside_of_the_graph(optimizer: FusedOptimizer) -> None:
     optimizer._run(optimizer._request())
@@ -135,7 +129,7 @@ def step(optimizer: FusedOptimizer) -> None:
         steps += lists[3]
         group_of += [g] * len(lists[0])
         maximize.append(bool(group["maximize"]))
-        for name, count in _hyper_keys(optimizer.rule):
+        for name, count in hyper_keys(optimizer.rule):
             for value in group[name] if count else (group[name],):
                 if isinstance(value, Tensor):
                     hyper_tensors.append(value)
@@ -257,7 +251,7 @@ def step_(
     groups: list[dict[str, Any]] = []
     for flag in maximize:
         group: dict[str, Any] = {"params": [], "maximize": flag}
-        for name, count in _hyper_keys(rule):
+        for name, count in hyper_keys(rule):
             group[name] = tuple(next(values) for _ in range(count)) if count else next(values)
         groups.append(group)
     names_of = [rule.state[: rule.states(group)] for group in groups]

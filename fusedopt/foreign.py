@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fusedopt.rule import Rule
+from fusedopt.rule import Rule, hyper_keys
 
 # Hyperparameters that do not tell one optimizer from another.
 _COMMON = {"lr", "weight_decay", "decoupled_weight_decay", "amsgrad", "nesterov"}
@@ -33,7 +33,7 @@ def refuse_other_group(cls: str, rule: Rule, group: dict[str, Any], where: str) 
     """Raises ValueError for a group that lacks what every version of this optimizer has."""
     if "lr" not in group:
         raise ValueError(f"{where} has no lr")
-    needed = [name.partition("[")[0] for name in rule.hyper]
+    needed = [name for name, _ in hyper_keys(rule)]
     missing = [name for name in needed if name not in _COMMON and name not in group]
     if missing:
         found = ", ".join(str(key) for key in group if key not in ("params", "param_names"))

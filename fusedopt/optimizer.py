@@ -17,7 +17,7 @@ from torch.optim.optimizer import (
 from torch.utils._python_dispatch import _disable_current_modes
 
 from fusedopt import backends, checkpoint, checks, distributed, fake, options, shards
-from fusedopt.rule import Rule
+from fusedopt.rule import Rule, hyper_keys
 
 options_doc = """        maximize: maximize the objective.
         capturable, foreach, fused: accepted for drop-in use and without effect.
@@ -126,8 +126,8 @@ class FusedOptimizer(options.InGroups, Optimizer):
 
     def _plain(self, group: dict[str, Any]) -> dict[str, Any]:
         """The group with hyperparameters of numpy and the like in Python's types."""
-        keys = (key.partition("[")[0] for key in self.rule.hyper)
-        return {**group, **{key: checks.plain(group[key]) for key in keys if key in group}}
+        keys = [key for key, _ in hyper_keys(self.rule) if key in group]
+        return {**group, **{key: checks.plain(group[key]) for key in keys}}
 
     def step(self, *args: Any, **kwargs: Any) -> Any:
         """step(closure=None): performs one step.

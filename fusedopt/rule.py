@@ -46,3 +46,9 @@ class Rule:
     update: Update
     first_differs: Callable[[dict[str, Any]], bool] = lambda group: False
     sparse_error: str | None = None
+
+
+def hyper_keys(rule: Rule) -> list[tuple[str, int]]:
+    """(key, how many numbers it is a tuple of; 0 for one that is a number) of `Rule.hyper`."""
+    parts = [key.partition("[") for key in rule.hyper]
+    return [(name, int(count[:-1]) if count else 0) for name, _, count in parts]

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from fusedopt import distributed, fake, options, step_count
 from fusedopt.plan import Host, name_of
-from fusedopt.rule import Rule
+from fusedopt.rule import Rule, hyper_keys
 
 # Hyperparameters that are switches: None is off, as for any `if`.
 _SWITCHES = ("amsgrad", "nesterov", "decoupled_weight_decay")
@@ -124,12 +124,10 @@ def _numbers(rule: Rule, group: dict[str, Any], index: int) -> dict[str, Any]:
         return TypeError(f"param_groups[{index}][{name!r}] must be {expected}, got {value!r}")
 
     numbers: dict[str, Any] = {"maximize": bool(group.get("maximize"))}
-    for key in rule.hyper:
-        name, _, count = key.partition("[")
-        if not count:
+    for name, size in hyper_keys(rule):
+        if not size:
             numbers[name] = number(group[name], name)
             continue
-        size = int(count[:-1])
         try:
             values = tuple(group[name])
         except TypeError:

@@ -19,12 +19,12 @@ from torch import Tensor
 
 from fusedopt._native import _C, DEVICES, missing
 from fusedopt.backends.native import DeviceHost, Driver, Native, Options, capturing
+from fusedopt.rule import Rule, hyper_keys
 
 if TYPE_CHECKING:
     from fusedopt._C import TritonPlan
     from fusedopt.backends import Request
     from fusedopt.optimizer import FusedOptimizer
-    from fusedopt.rule import Rule
     from fusedopt.triton_kernels.launch import Config, Scalars, Table
 
 
@@ -188,7 +188,7 @@ def _measure(
         for _ in range(2)
     )
     values = {"lr": 1e-3, "betas": (0.9, 0.999), "momentum": 0.9, "eps": 1e-8}
-    keys = [key.partition("[")[0] for key in rule.hyper]
+    keys = [key for key, _ in hyper_keys(rule)]
     group = {**{key: values.get(key, 0.0) for key in keys}, "maximize": False, "params": [param]}
     state: dict[Any, Any] = {}
     options = Options(device, False, _INFINITY, _INFINITY, None, None, False, None, None)
