@@ -25,7 +25,8 @@ for level in baseline avx2 avx512; do
   echo "level $level"
   FUSEDOPT_CPU_LEVEL=$level run tests/test_layout.py -k 'offsets or empty or tiny or any_model'
 done
-run tests/test_bad_input.py tests/test_plan.py tests/test_clip_amp.py -k 'not know_no_torch'
+run tests/test_bad_input.py tests/test_plan.py tests/test_clip_amp.py tests/test_atomic.py \
+  tests/test_life_steps.py -k 'not know_no_torch and not processes'
 run tests/test_tensor_access.py -k 'read_as or turned_away or versions or refused or another_name'
 
 # The source of the CUDA kernels, on the emulated GPU.

@@ -502,3 +502,14 @@ def test_step_counts_of_another_make(skipped: bool, backend: str) -> None:
         assert step.item() == expected
         assert (step is own) == (kind not in ("on the cpu", "bfloat16"))
         assert step is own or (step.device == p.device and step.dtype == torch.float32)
+
+
+def test_a_step_count_on_the_gpu_of_a_param_on_the_cpu() -> None:
+    params = make_params([40], torch.float32)
+    optimizer = fusedopt.FusedAdamW(params, backend="cpu")
+    optimizer.step()
+    own = torch.ones(1, dtype=torch.int64, device="cuda")
+    optimizer.state[params[0]]["step"] = own
+    optimizer.step()
+    assert optimizer.state[params[0]]["step"] is own
+    assert own.item() == 2

@@ -308,7 +308,9 @@ double squares_run(const G* grad, int64_t count) {
   return sum;
 }
 
-double squares_chunk(const Row& row, const Layout* layout, int64_t begin, int64_t count) {
+// Aligned, because 300 tensors of 16 elements took 20 to 28 us by where the linker put it; 23 here.
+__attribute__((aligned(64))) double squares_chunk(const Row& row, const Layout* layout,
+                                                  int64_t begin, int64_t count) {
   double sum = 0;
   if (layout == nullptr) {
     with_type(row.dtype[kGrad], row.data[kGrad],
