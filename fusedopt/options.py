@@ -67,12 +67,17 @@ def agreed(groups: list[dict[str, Any]], name: str, default: Any) -> Any:
         if found is _MISSING:
             found, found_in = value, index
         elif not same(value, found):
-            raise ValueError(
-                f'param_groups[{index}]["{name}"] is {value!r} and '
-                f'param_groups[{found_in}]["{name}"] is {found!r}: {name} is an option of the '
-                "whole optimizer, and must be the same in all groups"
-            )
+            raise _disagreement(name, (index, value), (found_in, found))
     return default if found is _MISSING else found
+
+
+def _disagreement(name: str, a: tuple[int, Any], b: tuple[int, Any]) -> ValueError:
+    """Of two groups, given by index and value."""
+    first, second = (f'param_groups[{index}]["{name}"] is {value!r}' for index, value in (a, b))
+    return ValueError(
+        f"{first} and {second}: {name} is an option of the whole optimizer, and must be the same "
+        "in all groups"
+    )
 
 
 def settle(given: dict[str, Any], groups: list[dict[str, Any]]) -> dict[str, Any]:
@@ -178,11 +183,12 @@ class InGroups:
         Raises:
             ValueError: a group that has another value.
         """
-        before = [self.defaults, *self.param_groups[:1]]
+        first = self.param_groups[0] if self.param_groups else self.defaults
         for name in DEFAULTS:
-            value = before[-1].get(name, self.defaults.get(name))
-            agreed([{name: value}, new_group], name, value)
-            new_group.setdefault(name, value)
+            value = first.get(name, self.defaults.get(name))
+            new_value = new_group.setdefault(name, value)
+            if not same(new_value, value):
+                raise _disagreement(name, (len(self.param_groups), new_value), (0, value))
 
     def _set_option(self, name: str, value: Any) -> None:
         others = {other: self._option(other) for other in DEFAULTS if other != name}
