@@ -1,19 +1,27 @@
 # Every target sets up .venv by itself; `make train` and `make test` are all that a fresh machine
 # with Python >= 3.10, make and a C++ compiler needs.
+SHELL := bash
+.SHELLFLAGS := -e -o pipefail -c
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
+# Byte code of what is never imported costs a minute.
+PIP := $(PY) -m pip install -q --no-compile --disable-pip-version-check
 CPP_FILES := $(shell find csrc tests/cuda_emulator bench -name '*.h' -o -name '*.cpp' -o -name '*.cu*')
 NATIVE_SOURCES := $(shell find csrc -type f) setup.py setup_cuda.py pyproject.toml
+# Torch and the extension at the same time, unless make was told how many jobs to run.
+JOBS = $(if $(filter -j%,$(MAKEFLAGS)),,-j2)
 
 .PHONY: train test test-torch bench peers gate gpu-check lint format sanitize mutate clean
 
-train: $(READY)
-	$(PY) examples/train_gpt.py --out runs/train_gpt
+# Such as `make train ARGS="--resume"`; examples/train_gpt.py --help lists the arguments.
+train: $(VENV)/.train
+	@$(call say,training)
+	$(PY) examples/train_gpt.py --out runs/train_gpt $(ARGS)
 
-# Several processes share the cores: threads that wait must sleep, which halves the time.
-test sanitize mutate: export OMP_WAIT_POLICY := passive
+# Where other processes share the cores, threads that wait must sleep: halves the time of the tests.
+train test sanitize mutate: export OMP_WAIT_POLICY ?= passive
 
 test: $(READY)
 	$(PY) -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder \
@@ -60,27 +68,66 @@ format: $(READY)
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/clang-format -i $(CPP_FILES)
 
+# What a rule is about to do, with the time.
+say = echo "$$(date +%T)  $(1)"
+
+$(PY):
+	@$(call say,making $(VENV) with $$($(PYTHON) --version))
+	@$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.build: constraints.txt pyproject.toml | $(PY)
+	@$(call say,installing what the extension is built with)
+	@$(PIP) -c constraints.txt pybind11 setuptools wheel
+	@touch $@
+
 # torch first and from the constraints, so that no other package brings in another build of it.
-$(VENV)/.deps: constraints.txt pyproject.toml
-	test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install -q -c constraints.txt torch
-	$(PY) -m pip install -q -c constraints.txt triton
-	$(PY) -m pip install -q -c constraints.txt ninja numpy setuptools pybind11 wheel
-	touch $@
+$(VENV)/.torch: $(VENV)/.build
+	@$(call say,installing torch: 0.8 GB where it is the build for CPUs)
+	@$(PIP) -c constraints.txt torch
+	@touch $@
 
-# While the extension is built, where make may do two things at once.
-$(VENV)/.tools: $(VENV)/.deps
-	$(PY) -m pip install -q -c constraints.txt build clang-format expecttest hypothesis matplotlib mypy \
-	  pre-commit pytest pytest-cov pytest-xdist rich ruff typer
-	$(PY) -m pip install -q -c constraints.txt accelerate keras lightning transformers
-	touch $@
+$(VENV)/.examples: $(VENV)/.torch
+	@$(call say,installing numpy matplotlib rich typer)
+	@$(PIP) -c constraints.txt matplotlib numpy rich typer
+	@touch $@
 
-$(VENV)/.native: $(VENV)/.deps $(NATIVE_SOURCES)
-	FUSEDOPT_REQUIRE_NATIVE=1 $(PY) -m pip install -q --no-build-isolation --no-deps -e .
-	touch $@
+$(VENV)/.tools: $(VENV)/.examples
+	@$(call say,installing triton: 0.7 GB)
+	@$(PIP) -c constraints.txt triton
+	@$(call say,installing the tools of tests and lint)
+	@$(PIP) -c constraints.txt build clang-format expecttest hypothesis mypy ninja pre-commit \
+	  pytest pytest-cov pytest-xdist ruff
+	@$(call say,installing the frameworks that tests run)
+	@$(PIP) -c constraints.txt accelerate keras lightning transformers
+	@touch $@
 
-$(READY): $(VENV)/.native $(VENV)/.tools
-	touch $@
+# All that setup.py tells goes into build/native.log; what it is at, to the screen.
+define install
+	@$(call say,building the extension)
+	@mkdir -p build
+	@FUSEDOPT_REQUIRE_NATIVE=1 $(1) $(PY) -m pip install -v --no-compile --disable-pip-version-check \
+	  --no-build-isolation --no-deps -e . 2>&1 | tee build/native.log \
+	  | { grep --line-buffered -o 'fusedopt: .*' || true; } \
+	  || { tail -n 40 build/native.log >&2; exit 1; }
+	@$(call say,built the extension)
+endef
+
+$(VENV)/.native: $(VENV)/.build $(NATIVE_SOURCES)
+	$(call install)
+	@touch $@ $@-here
+
+# For this machine's GPUs alone, or without one for its CPU: what training needs, in less time.
+$(VENV)/.native-here: $(VENV)/.build $(NATIVE_SOURCES)
+	$(call install,FUSEDOPT_CUDA_ARCHS=$${FUSEDOPT_CUDA_ARCHS:-native})
+	@touch $@
+
+$(VENV)/.train: constraints.txt pyproject.toml $(NATIVE_SOURCES)
+	@$(MAKE) --no-print-directory $(JOBS) $(VENV)/.native-here $(VENV)/.examples
+	@touch $@
+
+$(READY): constraints.txt pyproject.toml $(NATIVE_SOURCES)
+	@$(MAKE) --no-print-directory $(JOBS) $(VENV)/.native $(VENV)/.tools
+	@touch $@
 
 clean:
 	rm -rf build dist *.egg-info fusedopt/_C*.so

@@ -7,10 +7,11 @@ Where nvcc is, the CUDA kernels are compiled into it, for the architectures of t
 machine, or without one for those of DEFAULT_ARCHS and, as PTX, for all that come later. The
 extension imports and serves the CPU where there is no CUDA driver.
 
-Environment: FUSEDOPT_CUDA_ARCHS (such as "80 90", "9.0+PTX" or "sm_90a", or "none" to build without
-CUDA), NVCC (its path), FUSEDOPT_REQUIRE_CUDA=1 (make a failing nvcc, or one that does not know an
-architecture, an error), CXX (compiler), FUSEDOPT_SANITIZE=address,undefined (instrumented build for
-`make sanitize`), FUSEDOPT_REQUIRE_NATIVE=1.
+Environment: FUSEDOPT_CUDA_ARCHS (such as "80 90", "9.0+PTX" or "sm_90a"; "native" for the GPUs of
+this machine and nothing else; "none" to build without CUDA), NVCC (its path),
+FUSEDOPT_REQUIRE_CUDA=1 (make a failing nvcc, or one that does not know an architecture, an error),
+CXX (compiler), FUSEDOPT_SANITIZE=address,undefined (instrumented build for `make sanitize`),
+FUSEDOPT_REQUIRE_NATIVE=1.
 """
 
 import json
@@ -31,7 +32,7 @@ from setuptools.modified import newer_group
 
 sys.path.insert(0, os.getcwd())  # pip's isolated build does not look here
 import setup_cuda
-from setup_cuda import notice, output_of
+from setup_cuda import notice, output_of, say
 
 SOURCES = sorted(glob("csrc/**/*.cpp", recursive=True))
 HEADERS = sorted(glob("csrc/**/*.h", recursive=True) + glob("csrc/**/*.cu*", recursive=True))
@@ -73,10 +74,21 @@ class OptionalBuildExt(build_ext):
         if self.force or known != options or newer_group(ext.depends + ext.sources, str(built)):
             built.unlink(missing_ok=True)
             stamp.unlink(missing_ok=True)
+        self._announce()
         self._or_notice(lambda: super(OptionalBuildExt, self).build_extension(ext))
         if built.exists():
             stamp.parent.mkdir(parents=True, exist_ok=True)
             stamp.write_text(options)
+
+    def _announce(self) -> None:
+        """Says which file is compiled."""
+        compile_one = self.compiler._compile
+
+        def announced(obj, source, *arguments):
+            say(f"compiling {source}")
+            compile_one(obj, source, *arguments)
+
+        self.compiler._compile = announced
 
     def _options(self, ext) -> str:
         """All that the extension depends on besides files."""

@@ -31,6 +31,11 @@ def notice(text: str) -> None:
     print(f"\nfusedopt: {text}\n", file=sys.stderr)
 
 
+def say(text: str) -> None:
+    """What the build is at, for whoever waits for it."""
+    print(f"fusedopt: {text}", flush=True)
+
+
 def required() -> bool:
     return os.environ.get("FUSEDOPT_REQUIRE_CUDA") == "1"
 
@@ -58,8 +63,8 @@ def parse_archs(text: str) -> tuple[list[Arch], set[int]]:
         match = re.fullmatch(r"(?:sm_)?(?:(\d\d?)\.(\d)|(\d{2,3}))([af]?)(\+ptx)?", word.lower())
         if match is None:
             raise OptionError(
-                f"{VARIABLE} must be none, or architectures such as '80 90', '8.0;9.0+PTX' or "
-                f"'sm_90a', got {word!r} in {text!r}"
+                f"{VARIABLE} must be none, native, or architectures such as '80 90', "
+                f"'8.0;9.0+PTX' or 'sm_90a', got {word!r} in {text!r}"
             )
         arch = Arch(int("".join(part or "" for part in match.groups()[:3])), match[4])
         archs.add(arch)
@@ -69,14 +74,14 @@ def parse_archs(text: str) -> tuple[list[Arch], set[int]]:
 
 
 def asked() -> str:
-    """What FUSEDOPT_CUDA_ARCHS says: architectures, "none", or "" where it is not set.
+    """What FUSEDOPT_CUDA_ARCHS says: architectures, "none", "native", or "" where it is not set.
 
     Raises:
         OptionError: a word that is no architecture.
     """
     text = os.environ.get(VARIABLE, "").strip(" \t\n,;")
-    if text.lower() == "none":
-        return "none"
+    if text.lower() in ("none", "native"):
+        return text.lower()
     if text:
         parse_archs(text)
     return text
@@ -141,6 +146,8 @@ class Cuda:
             return
         target.parent.mkdir(parents=True, exist_ok=True)
         stamp.unlink(missing_ok=True)
+        names = re.findall(r"code=(\w+)", " ".join(flags))
+        say(f"compiling {source} for {', '.join(names)}")
         print(shlex.join(command), flush=True)
         subprocess.run(command, check=True)
         stamp.write_text(made_by)
@@ -168,12 +175,18 @@ def choose_archs(cuda: Cuda) -> tuple[list[Arch], set[int]]:
     Raises:
         OptionError: FUSEDOPT_CUDA_ARCHS lists nothing that nvcc knows, or with
             FUSEDOPT_REQUIRE_CUDA=1 anything that it does not.
-        OSError: nvcc knows none of the GPUs of this machine.
+        OSError: nvcc knows none of the GPUs of this machine, or FUSEDOPT_CUDA_ARCHS is "native" and
+            there is none.
     """
     known, explicit = cuda.known(), asked()
-    archs, ptx = parse_archs(explicit or DEFAULT_ARCHS)
-    if not explicit:
-        archs = _here(known) or archs
+    if explicit == "native":
+        archs, ptx = _here(known), set()
+        if not archs:
+            raise OSError("nvidia-smi finds no GPU on this machine")
+    elif explicit:
+        archs, ptx = parse_archs(explicit)
+    else:
+        archs, ptx = _here(known) or parse_archs(DEFAULT_ARCHS)[0], set()
     unknown = [arch for arch in archs if known and arch.number not in known]
     left = [arch for arch in archs if arch not in unknown]
     if unknown:

@@ -7,7 +7,9 @@ import io
 import json
 import os
 import platform
+import statistics
 import subprocess
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
@@ -40,7 +42,13 @@ FIGURES = {
     "after the other: where the machine has other work, only interleaved_ms can be compared",
     "comparison.interleaved_ms": "clipping and update in turns (ABBA), both continuing from the "
     "final weights and state, each after its own forward and backward pass; warm-up left out",
+    "comparison.quartiles_ms": "the first and the third quartile of interleaved_ms",
     "comparison.ratio": "median interleaved_ms of torch / median interleaved_ms of fusedopt",
+    "comparison.ratio_quartiles": "of the ratios of the two times in each turn",
+    "machine.load_average_before": "of the minute before the run; make's own work is in it",
+    "machine.cores_busy": "how many cores this process kept busy, on average over the run",
+    "machine.cores_busy_elsewhere": "and all others: where that is not near 0, times are not those "
+    "of this machine at rest",
     "clock": "time.perf_counter on a CPU; events in the stream on a GPU",
 }
 
@@ -80,6 +88,12 @@ def commit() -> dict | None:
         return None
 
 
+def quartiles(values: Iterable[float]) -> list[float]:
+    """The first and the third."""
+    first, _, third = statistics.quantiles(values, n=4)
+    return [first, third]
+
+
 def compare(trainer: Trainer, reference: dict, interleaved: dict[str, list[float]]) -> dict:
     """Set both optimizers side by side; ``reference`` is a history with its optimizer's name."""
     steps = len(reference["loss"])
@@ -98,7 +112,11 @@ def compare(trainer: Trainer, reference: dict, interleaved: dict[str, list[float
         "training_ms": {name: median(h["optimizer_ms"]) for name, h in both.items()},
         "interleaved_ms": interleaved,
         "median_ms": medians,
+        "quartiles_ms": {name: quartiles(values) for name, values in interleaved.items()},
         "ratio": medians["torch"] / medians["fusedopt"],
+        "ratio_quartiles": quartiles(
+            a / b for a, b in zip(interleaved["torch"], interleaved["fusedopt"], strict=True)
+        ),
         "reference": reference,
     }
 
@@ -108,14 +126,18 @@ def build(
     reference: dict | None,
     interleaved: dict[str, list[float]] | None,
     sample: bytes,
+    load: dict,
 ) -> dict:
-    """Collect the report, JSON-ready. Milliseconds, seconds, bytes and nats/byte throughout."""
+    """Collect the report, JSON-ready; ``load`` is that of gpt_load.
+
+    Milliseconds, seconds, bytes and nats/byte throughout.
+    """
     history, config = trainer.history, trainer.model.config
     shape = ("layers", "heads", "width", "context", "vocab")
     step_ms = median(history["step_ms"])
     return {
         "figures": FIGURES,
-        "machine": machine(trainer.device),
+        "machine": {**machine(trainer.device), **load},
         "versions": versions(),
         "commit": commit(),
         "options": asdict(trainer.options),
@@ -175,6 +197,17 @@ def print_header(console: Console, trainer: Trainer) -> None:
     )
 
 
+def machine_line(machine: dict) -> str:
+    """What the timings depend on."""
+    line = f"{machine['torch_threads']} threads on {machine['cores']} cores, OMP_WAIT_POLICY "
+    line += f"{(machine['omp_wait_policy'] or 'not set').lower()}; "
+    elsewhere = machine["cores_busy_elsewhere"]
+    if elsewhere is None:
+        return f"{line}load average before the run {machine['load_average_before'] or 'unknown'}"
+    line += f"other processes kept {elsewhere:.1f} cores busy"
+    return line + (": times are not those of a quiet machine" if elsewhere > 0.2 else "")
+
+
 def print_summary(console: Console, report: dict) -> None:
     """Print the loss curves side by side, the timings and the sample."""
     training, comparison = report["training"], report["comparison"]
@@ -192,6 +225,7 @@ def print_summary(console: Console, report: dict) -> None:
             "in training",
             "of the step",
             "in turns",
+            "quartiles",
             title="Milliseconds a step, medians",
         )
         names = {"torch": comparison["reference"]["optimizer"], "fusedopt": training["optimizer"]}
@@ -201,9 +235,14 @@ def print_summary(console: Console, report: dict) -> None:
                 f"{comparison['training_ms'][key]:.2f}",
                 f"{comparison['optimizer_share'][key]:.1%}",
                 f"{comparison['median_ms'][key]:.2f}",
+                "{:.2f} to {:.2f}".format(*comparison["quartiles_ms"][key]),
             )
         console.print(times)
-        console.print(f"ratio, in turns: {comparison['ratio']:.2f}x")
+        low, high = comparison["ratio_quartiles"]
+        console.print(
+            f"ratio, in turns: {comparison['ratio']:.2f}x (quartiles {low:.2f} to {high:.2f})"
+        )
+    console.print(machine_line(report["machine"]))
     console.print(
         f"validation loss {training['validation'][-1][1]:.3f} nats/byte after "
         f"{len(training['loss'])} steps, {training['seconds']:.0f} s, "

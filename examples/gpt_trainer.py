@@ -127,7 +127,10 @@ class Trainer:
     def name(self) -> str:
         """The optimizer, as a reader of the report knows it."""
         kind = type(self.optimizer).__name__
-        return f"torch.optim.{kind} + clip_grad_norm_" if self.reference else f"fusedopt.{kind}"
+        if not self.reference:
+            return f"fusedopt.{kind}"
+        fused = bool(self.optimizer.defaults["fused"])
+        return f"torch.optim.{kind}(fused={fused}) + clip_grad_norm_"
 
     def backward(self, step: int) -> Tensor:
         """Leave the gradients of the batch of ``step`` in the params; returns the loss, 0-dim."""
@@ -204,7 +207,11 @@ class Trainer:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Continue from a ``state_dict``; ``ValueError`` when it is of another run."""
+        """Continue from a ``state_dict``; ``ValueError`` when it is of another run or program."""
+        missing = {"options", "corpus", "step", "model", "optimizer", "scheduler", "history"}
+        missing -= state.keys() if isinstance(state, dict) else set()
+        if missing:
+            raise ValueError(f"not a checkpoint of this program, it lacks {sorted(missing)}")
         for option, value in asdict(self.options).items():
             if state["options"].get(option) != value:
                 raise ValueError(

@@ -2,11 +2,12 @@
 
     python examples/train_gpt.py --out runs/train_gpt
 
-The same model is first trained for some steps with torch.optim and clip_grad_norm_, from the same
-seed: the two loss curves have to agree, and the time that each optimizer takes is compared.
-``--out`` receives checkpoint.pt, report.json and report.png.
+``make train`` does so; ``make train ARGS="--resume"`` hands arguments on. The same model is
+first trained for some steps with torch.optim and clip_grad_norm_, from the same seed: the two loss
+curves have to agree, and the time that each optimizer takes is compared. ``--out`` receives
+checkpoint.pt, report.json and report.png.
 
-A run that was killed goes on bitwise with ``--resume`` where machine, versions and number of
+A run that was stopped goes on bitwise with ``--resume`` where machine, versions and number of
 threads are the same, because PyTorch's own results depend on these.
 
 On a CPU that has other work to do, set OMP_WAIT_POLICY=PASSIVE: otherwise each thread of torch that
@@ -15,11 +16,17 @@ waits for another spins on the core that this other one needs, and a step takes 
 
 from __future__ import annotations
 
+import math
+import pickle
+import re
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal
 
+import gpt_load
+import gpt_progress
 import gpt_report
 import torch
 import typer
@@ -27,7 +34,6 @@ from gpt_data import Corpus, load_corpus
 from gpt_model import SIZES
 from gpt_trainer import Options, Trainer, load_checkpoint, save_checkpoint
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 READ_EVERY_S = 0.5
 VALIDATIONS = 4
@@ -35,6 +41,7 @@ INTERLEAVED_ROUNDS = 30
 WARM_UP_ROUNDS = 3
 SAMPLE_BYTES = 300
 PROMPT = b"def "
+CHECKPOINT = "checkpoint.pt"
 
 console = Console()
 
@@ -49,17 +56,10 @@ def train(
 
     The reference validates nothing and saves nothing: it only has a loss curve to give.
     """
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=8),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[status]}"),
-    )
     validate_every = max(1, trainer.options.steps // VALIDATIONS)
-    last_read = time.perf_counter()
-    with Progress(*columns, console=console) as progress:
-        label = "torch.optim" if trainer.reference else "fusedopt"
-        bar = progress.add_task(label, total=until, completed=trainer.step, status="")
+    last_read = -math.inf  # so that the first step is seen as soon as it is done
+    label = "torch.optim" if trainer.reference else "fusedopt"
+    with gpt_progress.StepProgress(console, label, until, trainer.step) as progress:
         while trainer.step < until:
             trainer.train_step()
             done = trainer.step == until
@@ -67,7 +67,7 @@ def train(
             if done or time.perf_counter() - last_read > READ_EVERY_S:
                 trainer.read()
                 last_read = time.perf_counter()
-                progress.update(bar, completed=trainer.step, status=gpt_report.status(trainer))
+                progress.update(trainer.step, gpt_report.status(trainer))
             if save is None:
                 continue
             if done or trainer.step % validate_every == 0:
@@ -109,6 +109,55 @@ def time_interleaved(trained: Trainer) -> dict[str, list[float]]:
     return times
 
 
+def wrong(option: str, reason: str) -> typer.BadParameter:
+    return typer.BadParameter(reason, param_hint=option)
+
+
+def check_device(device: str) -> None:
+    """Raises for a device that this program or this machine does not have."""
+    match = re.fullmatch(r"cpu|cuda(?::(\d+))?", device)
+    if match is None:
+        raise wrong("--device", f"must be cpu, cuda or cuda:N, got {device!r}")
+    if device == "cpu":
+        return
+    if torch.version.cuda is None and torch.version.hip is None:
+        raise wrong("--device", f"torch {torch.__version__} is a build for CPUs: --device cpu")
+    if not torch.cuda.is_available():
+        raise wrong("--device", "torch finds no usable GPU here: --device cpu")
+    count = torch.cuda.device_count()
+    if match[1] is not None and int(match[1]) >= count:
+        raise wrong("--device", f"got {device}, and the last GPU here is cuda:{count - 1}")
+
+
+def check_out(out: Path, may_hold_run: bool) -> None:
+    """Makes the folder; raises where it cannot be one, or holds a run that would be lost."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()  # whether files can be written there
+    except OSError as error:
+        reason = "it is a file" if out.is_file() else error.strerror
+        raise wrong("--out", f"{out} cannot be the folder of a run: {reason}") from None
+    if (out / CHECKPOINT).exists() and not may_hold_run:
+        raise wrong(
+            "--out",
+            f"{out / CHECKPOINT} is of an earlier run: --resume goes on from it, --overwrite "
+            'starts anew (make train ARGS="--resume")',
+        )
+
+
+def resume_from(path: Path, trainer: Trainer) -> dict | None:
+    """Continues from a checkpoint; returns what the reference gave before it."""
+    try:
+        state = load_checkpoint(path)
+    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+        raise wrong("--resume", f"{path} is not a whole checkpoint: {error}") from None
+    try:
+        trainer.load_state_dict(state)
+    except ValueError as error:
+        raise wrong("--resume", f"{path}: {error}") from None
+    return state["reference"]
+
+
 def main(
     out: Annotated[Path, typer.Option(help="Folder for the checkpoint and the report.")],
     size: Annotated[Literal[tuple(SIZES)], typer.Option(help="Size of the model.")] = "tiny",
@@ -127,47 +176,63 @@ def main(
     ] = 100,
     seed: Annotated[int, typer.Option(min=0, help="Of weights, batches and sample.")] = 0,
     checkpoint_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 100,
-    resume: Annotated[bool, typer.Option(help="Continue from the checkpoint in --out.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue from the checkpoint in --out.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Start anew where --out holds a checkpoint.")
+    ] = False,
 ) -> None:
     """Train a small GPT on Python's standard library, and compare with torch.optim.
 
     Exits with 1 when the loss curves of float32 AdamW differ by more than 1e-3.
     """
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise typer.BadParameter("torch finds no usable GPU here", param_hint="--device")
+    check_device(device)
+    check_out(out, resume or overwrite)
     options = Options(size, device, dtype, optimizer, steps, batch_size, compare_steps, seed)
-    corpus = load_corpus()
-    trainer = Trainer(options, corpus)
+    path = out / CHECKPOINT
+    trainer = Trainer(options, load_corpus())
+    try:
+        run(trainer, path, resume, checkpoint_every)
+    except KeyboardInterrupt:
+        console.print(f"\ninterrupted at step {trainer.step} of {steps}")
+        console.print(
+            f"{path} holds the last checkpoint: the same command with --resume goes on from it "
+            '(make train ARGS="--resume")'
+            if path.exists() and trainer.step
+            else "nothing is saved of this run yet",
+            soft_wrap=True,
+        )
+        raise typer.Exit(130) from None
+
+
+def run(trainer: Trainer, path: Path, resume: bool, checkpoint_every: int) -> None:
+    """The training of ``trainer`` with its checkpoint at ``path``, and the report beside it."""
+    options, out = trainer.options, path.parent
+    load = gpt_load.Load()
     gpt_report.print_header(console, trainer)
-    path = out / "checkpoint.pt"
     if resume and path.exists():
-        state = load_checkpoint(path)
-        try:
-            trainer.load_state_dict(state)
-        except ValueError as error:
-            raise typer.BadParameter(str(error), param_hint="--resume") from None
-        reference = state["reference"]
-        console.print(f"resuming at step {trainer.step} of {steps}")
+        reference = resume_from(path, trainer)
+        console.print(f"resuming at step {trainer.step} of {options.steps}")
     else:
         if resume:
             console.print(f"no checkpoint in {out}: starting at step 0")
-        out.mkdir(parents=True, exist_ok=True)
-        reference = train_reference(options, corpus)
+        reference = train_reference(options, trainer.corpus)
 
     def save() -> None:
         save_checkpoint(path, {**trainer.state_dict(), "reference": reference})
 
     if trainer.step == 0:
         save()
-    train(trainer, steps, checkpoint_every, save)
+    train(trainer, options.steps, checkpoint_every, save)
 
-    sample = trainer.model.generate(PROMPT, SAMPLE_BYTES, seed)
+    sample = trainer.model.generate(PROMPT, SAMPLE_BYTES, options.seed)
     interleaved = time_interleaved(trainer) if reference else None
-    report = gpt_report.build(trainer, reference, interleaved, sample)
+    report = gpt_report.build(trainer, reference, interleaved, sample, load.figures())
     gpt_report.write(out, report)
     gpt_report.print_summary(console, report)
-    console.print(f"written to {out}: checkpoint.pt, report.json, report.png")
-    if reference and dtype == "float32" and optimizer == "adamw":
+    console.print(f"written to {out}: {CHECKPOINT}, report.json, report.png")
+    if reference and options.dtype == "float32" and options.optimizer == "adamw":
         difference = report["comparison"]["largest_loss_difference"]
         if not difference <= gpt_report.TOLERANCE:  # a NaN fails too
             console.print("the two loss curves do not agree")
