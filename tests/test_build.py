@@ -181,11 +181,27 @@ def test_architectures(asked: str, compiled: str, told: str, tree: Tree) -> None
 
 
 @pytest.mark.parametrize(
-    "asked", ["sm90x", "9", "hopper", "90 none", "all", "90b", "9.00", "compute-90", "80 9O", "-90"]
+    "asked",
+    [
+        "sm90x",
+        "9",
+        "hopper",
+        "90 none",
+        "all",
+        "90b",
+        "9.00",
+        "compute-90",
+        "80 9O",
+        "-90",
+        "native 90",
+    ],
 )
 def test_what_is_no_architecture(asked: str, tree: Tree) -> None:
     message = tree.refused(FUSEDOPT_CUDA_ARCHS=asked)
-    assert "error: FUSEDOPT_CUDA_ARCHS must be none, or architectures such as '80 90'" in message
+    assert (
+        "error: FUSEDOPT_CUDA_ARCHS must be none, native, or architectures such as '80 90'"
+        in message
+    )
     # Without nvcc, too: it is a mistake all the same.
     assert "FUSEDOPT_CUDA_ARCHS must be" in tree.refused(FUSEDOPT_CUDA_ARCHS=asked, NVCC="/none")
 
@@ -224,6 +240,23 @@ def test_the_gpus_of_this_machine(gpus: list[str], compiled: str, noticed: str, 
     shown = tree.build(FUSEDOPT_REQUIRE_CUDA="1")
     assert tree.gencode == [compiled]
     assert re.search(noticed, shown) if noticed else "left out" not in shown
+
+
+def test_only_for_the_gpus_of_this_machine(tree: Tree) -> None:
+    shown = tree.build(FUSEDOPT_CUDA_ARCHS="native")
+    assert "fusedopt: building without CUDA: nvidia-smi finds no GPU on this machine" in shown
+    assert (tree.told("archs"), tree.gencode) == ("none", [])
+    message = tree.refused(FUSEDOPT_CUDA_ARCHS="native", FUSEDOPT_REQUIRE_CUDA="1")
+    assert "FUSEDOPT_REQUIRE_CUDA=1, and nvidia-smi finds no GPU" in message
+    tree.gpus("9.0", "8.0")
+    tree.build(FUSEDOPT_CUDA_ARCHS="native", FUSEDOPT_REQUIRE_CUDA="1")
+    assert tree.gencode == ["80:sm_80 90:sm_90 90:compute_90"]
+
+
+def test_says_what_it_compiles(tree: Tree) -> None:
+    shown = tree.build(FUSEDOPT_CUDA_ARCHS="80 90").splitlines()
+    cuda = "fusedopt: compiling csrc/cuda/launch.cu for sm_80, sm_90, compute_90"
+    assert shown.index(cuda) < shown.index("fusedopt: compiling csrc/bindings.cpp")
 
 
 def test_an_older_nvcc_compiles_what_it_knows_of_the_default(tree: Tree) -> None:
