@@ -107,7 +107,7 @@ define install
 	@mkdir -p build
 	@FUSEDOPT_REQUIRE_NATIVE=1 $(1) $(PY) -m pip install -v --no-compile --disable-pip-version-check \
 	  --no-build-isolation --no-deps -e . 2>&1 | tee build/native.log \
-	  | { grep --line-buffered -o 'fusedopt: .*' || true; } \
+	  | { grep --line-buffered '^ *fusedopt: ' || true; } \
 	  || { tail -n 40 build/native.log >&2; exit 1; }
 	@$(call say,built the extension)
 endef

@@ -223,9 +223,8 @@ def print_summary(console: Console, report: dict) -> None:
         times = Table(
             "optimizer, clipping included",
             "in training",
-            "of the step",
-            "in turns",
-            "quartiles",
+            "share",
+            "in turns (quartiles)",
             title="Milliseconds a step, medians",
         )
         names = {"torch": comparison["reference"]["optimizer"], "fusedopt": training["optimizer"]}
@@ -234,8 +233,9 @@ def print_summary(console: Console, report: dict) -> None:
                 name,
                 f"{comparison['training_ms'][key]:.2f}",
                 f"{comparison['optimizer_share'][key]:.1%}",
-                f"{comparison['median_ms'][key]:.2f}",
-                "{:.2f} to {:.2f}".format(*comparison["quartiles_ms"][key]),
+                "{:.2f} ({:.2f} to {:.2f})".format(
+                    comparison["median_ms"][key], *comparison["quartiles_ms"][key]
+                ),
             )
         console.print(times)
         low, high = comparison["ratio_quartiles"]
