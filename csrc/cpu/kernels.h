@@ -32,6 +32,17 @@ inline __attribute__((always_inline)) void narrow_halves(const float* from, floa
   const __m128i bits = _mm256_cvtps_ph(_mm256_loadu_ps(from), _MM_FROUND_TO_NEAREST_INT);
   memcpy(to, &bits, sizeof bits);
 }
+#elif defined(__aarch64__)
+constexpr int kHalves = 4;
+inline __attribute__((always_inline)) void widen_halves(const float16* from, float* to) {
+  float16x4_t bits;
+  memcpy(&bits, from, sizeof bits);
+  vst1q_f32(to, vcvt_f32_f16(bits));
+}
+inline __attribute__((always_inline)) void narrow_halves(const float* from, float16* to) {
+  const float16x4_t bits = vcvt_f16_f32(vld1q_f32(from));
+  memcpy(to, &bits, sizeof bits);
+}
 #else
 constexpr int kHalves = 0;  // element by element
 inline void widen_halves(const float16*, float*) {}
