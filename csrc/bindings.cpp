@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <map>
@@ -386,11 +387,15 @@ void take_shim(const Addresses& functions, const std::map<int, std::pair<int, in
 
 void use_direct(const std::string& reader, int64_t tensor_offset, uintptr_t undefined_impl,
                 const Addresses& functions, const std::map<int, std::pair<int, int>>& dtypes,
-                const std::map<int, int>& devices) {
+                const std::map<int, int>& devices, const std::array<int64_t, 3>& hints) {
   if (tensor_offset <= 0 || undefined_impl == 0)
     throw py::value_error("use_direct takes a positive offset and an address that is not null");
+  for (const int64_t hint : hints)
+    if (hint < 0 || hint > host::kLargestHint)
+      throw py::value_error("use_direct takes hints of 0 to " + std::to_string(host::kLargestHint));
   host::DirectFunctions f{};
   f.tensor_offset = tensor_offset;
+  f.hints = {hints[0], hints[1], hints[2]};
   f.undefined_impl = reinterpret_cast<const void*>(undefined_impl);
   take(functions, "grad", &f.grad);
   take(functions, "is_neg", &f.is_neg);
@@ -545,7 +550,8 @@ PYBIND11_MODULE(_C, m) {
       "limit_threads", [](int threads) { cpu::thread_limit = checked_threads(threads); },
       py::arg("threads"));
   m.def("use_direct", &use_direct, py::arg("reader"), py::arg("tensor_offset"),
-        py::arg("undefined_impl"), py::arg("functions"), py::arg("dtypes"), py::arg("devices"));
+        py::arg("undefined_impl"), py::arg("functions"), py::arg("dtypes"), py::arg("devices"),
+        py::arg("hints"));
   m.def(
       "use_dlpack",
       [](const py::object& capsule) {

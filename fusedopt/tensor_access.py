@@ -95,10 +95,12 @@ def describe(tensor: torch.Tensor) -> tuple[Any, ...] | None:
         return None
 
 
+_WORD = ctypes.sizeof(ctypes.c_void_p)
+
+
 def _offset_of_tensor(samples: list[torch.Tensor]) -> int:
     """Bytes from the start of a Python tensor to the pointer to its TensorImpl (`_cdata`)."""
-    word = ctypes.sizeof(ctypes.c_void_p)
-    candidates = range(2 * word, torch.Tensor.__basicsize__, word)
+    candidates = range(2 * _WORD, torch.Tensor.__basicsize__, _WORD)
     found = [
         offset
         for offset in candidates
@@ -117,6 +119,28 @@ def _undefined(samples: list[torch.Tensor]) -> int:
     if not all(references) or len(found) != 1:
         raise RuntimeError("tensors without a gradient do not share one undefined tensor")
     return found.pop()
+
+
+def _words(tensor: torch.Tensor) -> list[int]:
+    """The first words of the TensorImpl."""
+    return list((ctypes.c_size_t * 12).from_address(tensor._cdata))
+
+
+def _hints(samples: list[torch.Tensor]) -> tuple[int, int, int]:
+    """Where the pointers to the StorageImpl and to the autograd metadata lie in a TensorImpl, and
+    the gradient from there, in bytes; 0 where they were not found in one place."""
+    get_grad = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)(_address("grad"))
+    storages, grads = [], []
+    for tensor in samples:
+        words = list(enumerate(_words(tensor)))
+        storage = tensor.untyped_storage()._cdata
+        storages.append({i * _WORD for i, word in words if word == storage})
+        if isinstance(tensor, torch.nn.Parameter):
+            grad = get_grad(tensor._cdata) or 0
+            grads.append({(i * _WORD, grad - word) for i, word in words if 0 < grad - word < 256})
+    storage_at, grad_at = set.intersection(*storages), set.intersection(*grads)
+    meta = grad_at.pop() if len(grad_at) == 1 else (0, 0)
+    return (storage_at.pop() if len(storage_at) == 1 else 0, *meta)
 
 
 def _shim_numbers() -> tuple[dict[int, tuple[int, int]], dict[int, int]]:
@@ -143,7 +167,9 @@ def _use_reader(native: ModuleType, reader: str) -> Again:
     with _plain_torch():
         samples = _described()
         offset, undefined = _offset_of_tensor(samples), _undefined(samples)
-    return _now(partial(native.use_direct, reader, offset, undefined, functions, *numbers))
+        hints = _hints(samples)
+    use = partial(native.use_direct, reader, offset, undefined, functions, *numbers, hints)
+    return _now(use)
 
 
 def _use_direct(native: ModuleType) -> Again:

@@ -273,7 +273,7 @@ ENTRY_POINTS = {
     "bump_versions": (_C.bump_versions, 1),
     "squared_norm": (_C.squared_norm, 2),
     "scale_": (_C.scale_, 4),
-    "use_direct": (_C.use_direct, 6),
+    "use_direct": (_C.use_direct, 7),
     "use_dlpack": (_C.use_dlpack, 1),
     "set_types": (_C.set_types, 2),
 }

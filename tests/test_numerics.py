@@ -212,6 +212,7 @@ def test_results_do_not_depend_on_the_thread_count() -> None:
 # Run for each instruction-set level in a process of its own: the level is chosen once.
 LEVEL_SCRIPT = """
 import hashlib, json, torch
+import fusedopt
 from fusedopt import _native
 from tests.cases import CASES, DTYPES, SIZES, make_params
 digest = hashlib.sha256()
@@ -225,6 +226,16 @@ for case in CASES:
             for t in [p.detach(), *optimizer.state.get(p, {}).values()]:
                 digest.update(t.reshape(-1).view(torch.uint8).numpy().tobytes())
         digest.update(optimizer.grad_norm.numpy().tobytes())
+# Every float16, and float32 results between all of them: ties, subnormals, overflow. The bits of a
+# NaN may differ.
+every = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.float16)
+for roll in (1, 77, 1023, 1025, 30000):
+    param = torch.nn.Parameter(every.clone())
+    param.grad = every.roll(roll)
+    fusedopt.FusedSGD([param], lr=0.37, backend="cpu").step()
+    result = param.detach().clone()
+    result[result.isnan()] = 1.5
+    digest.update(result.view(torch.uint8).numpy().tobytes())
 print(json.dumps([_native._C.build_info()["cpu_level"], digest.hexdigest()]))
 """
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import warnings
@@ -16,7 +17,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fusedopt import _native, tensor_access
+from fusedopt import FusedAdamW, _native, tensor_access
+from tests.cases import make_params
 from tests.helpers import in_use
 
 _C = _native._C
@@ -243,7 +245,7 @@ def test_no_function_is_called_under_another_name(reader: str, lacking: str) -> 
     others = {name: 1 for name in SYMBOLS if name != lacking}
     for functions in (others, {**others, lacking: 0}):
         with pytest.raises(ValueError, match=f"needs the address of {lacking}$"):
-            _C.use_direct(reader, 8, 1, functions, {}, {})
+            _C.use_direct(reader, 8, 1, functions, {}, {}, (0, 0, 0))
 
 
 @pytest.mark.parametrize(
@@ -257,13 +259,48 @@ def test_no_function_is_called_under_another_name(reader: str, lacking: str) -> 
         ({"dtypes": {-1: (2, 32)}}, "the dtype -1"),
         ({"devices": {32: 1}}, "the device type 32"),
         ({"devices": {-1: 1}}, "the device type -1"),
+        ({"hints": (-8, 0, 0)}, "hints of 0 to 144"),
+        ({"hints": (16, 24, 145)}, "hints of 0 to 144"),
     ],
 )
 def test_wrong_arguments_are_refused(change: dict[str, Any], message: str) -> None:
     arguments = {"reader": "shim", "tensor_offset": 8, "undefined_impl": 1}
     arguments |= {"functions": dict.fromkeys(SYMBOLS, 1), "dtypes": {}, "devices": {}}
+    arguments["hints"] = (0, 0, 0)
     with pytest.raises(ValueError, match=message):
         _C.use_direct(**{**arguments, **change})
+
+
+@pytest.mark.parametrize("hints", [(0, 0, 0), (144, 144, 144), (8, 40, 3)])
+def test_hints_that_go_astray_change_nothing(
+    hints: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = []
+    with in_use("direct"):
+        found = tensor_access._hints(tensor_access._described())
+        assert all(0 < hint <= 144 for hint in found)
+        for given in (found, hints):
+            monkeypatch.setattr(tensor_access, "_hints", lambda samples, given=given: given)
+            _native.use_tensor_access("direct")
+            params = make_params([3, 70] * 20, torch.float32)
+            optimizer = FusedAdamW(params, lr=0.1, backend="cpu", max_grad_norm=1.0)
+            for _ in range(3):
+                optimizer.step()
+            results.append([p.detach().clone() for p in params])
+        monkeypatch.undo()
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.skipif(shutil.which("objdump") is None, reason="objdump is not installed")
+def test_the_compiler_keeps_the_hints() -> None:
+    """g++ deletes those that stand in a function of their own."""
+    command = ["objdump", "-d", "-C", "--no-show-raw-insn", str(_C.__file__)]
+    listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    code = dict(re.findall(r"^\S+ <(.*?)>:$(.*?)(?=^\S+ <|\Z)", listing, re.M | re.S))
+    for function, least in (("ask_ahead", 12), ("find_states", 7), ("find_candidates", 6)):
+        body = "".join(text for name, text in code.items() if f"Plan::{function}(" in name)
+        assert len(re.findall(r"\b(?:prefetch\w*|prfm)\b", body)) >= least, function
 
 
 # What takes a way of reading away from a torch, before fusedopt is imported.

@@ -11,6 +11,7 @@
 #include <cstring>
 #include <vector>
 
+#include "core/fetch.h"
 #include "cpu/level.h"
 #include "cpu/schedule.h"
 
@@ -66,10 +67,10 @@ class ScalarsTable {
 };
 
 // Small tensors lie anywhere: no hardware foresees where the next begins.
-void prefetch(const TableView& table, int32_t row) {
+void ask_for_row(const TableView& table, int32_t row) {
   if (row >= static_cast<int32_t>(table.rows.size())) return;
   const Row& ahead = table.rows[row];
-  for (int k = 0; k < kState0 + ahead.states; ++k) __builtin_prefetch(ahead.data[k]);
+  for (int k = 0; k < kState0 + ahead.states; ++k) fetch(ahead.data[k]);
 }
 
 template <class Rule, RuleId kRule>
@@ -114,7 +115,7 @@ StepResult apply_rule(const TableView& table, const StepOptions& options) {
     if (result.skipped) return;
     schedule.for_chunks(&next_update, count_squares, [&](int32_t c) {
       const Chunk& chunk = schedule.chunks[c];
-      prefetch(table, chunk.row + 4);
+      ask_for_row(table, chunk.row + 4);
       const Layout* layout;
       const Row& row = row_of(chunk, &layout);
       const bool maximize = table.groups[row.group].maximize;

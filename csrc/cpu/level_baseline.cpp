@@ -1,6 +1,10 @@
 // The CPU kernels for the instruction set that the compiler targets by default.
 #include "cpu/level.h"
 
+#if defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
 namespace fusedopt::cpu {
 namespace {
 #include "cpu/kernels.h"

@@ -28,6 +28,10 @@ class DictReader {
     if (!complete_ && PyDict_Next(dict, &at, &key, &value)) look_up(dict, values);
   }
 
+  // Lets go of the keys of earlier dicts: objects may die here, which runs Python code. Nothing
+  // else of this class does.
+  void release() { std::vector<Ref>().swap(dropped_); }
+
  private:
   struct Place {
     Ref key;
@@ -36,6 +40,7 @@ class DictReader {
 
   // Walks the whole dict, and remembers the order up to the last of the names.
   void look_up(PyObject* dict, PyObject** values) {
+    for (Place& place : places_) dropped_.push_back(std::move(place.key));
     places_.clear();
     size_t found = 0, used = 0;
     PyObject *key, *value;
@@ -51,12 +56,15 @@ class DictReader {
       }
     }
     complete_ = found == names_.size();
-    if (complete_)
-      places_.erase(places_.begin() + static_cast<std::ptrdiff_t>(used), places_.end());
+    while (complete_ && places_.size() > used) {
+      dropped_.push_back(std::move(places_.back().key));
+      places_.pop_back();
+    }
   }
 
   std::vector<PyObject*> names_;
   std::vector<Place> places_;
+  std::vector<Ref> dropped_;
   bool complete_ = false;  // all names stand among the places: what follows does not matter
 };
 

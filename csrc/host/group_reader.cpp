@@ -143,6 +143,7 @@ Ref GroupReader::read(PyObject* group, size_t index, Group* out) {
   for (size_t k = 0; k < kFirstHyperKey + keys_.size(); ++k) values[k] = Ref::borrow(borrowed[k]);
   if (!values[kParamsKey]) raise(PyExc_KeyError, where() + " has no \"params\"");
   compare_options(borrowed + kOptionKey, index);
+  reader_.release();
 
   std::fill(std::begin(out->hyper), std::end(out->hyper), 0.0);
   out->lr = nullptr;

@@ -116,6 +116,7 @@ void Plan::clear() {
   alive_.clear();
   changes_.clear();
   give_back_.clear();
+  state_reader_.release();
   phase_ = Phase::kIdle;
 }
 

@@ -134,7 +134,7 @@ class Plan {
   bool build(PyObject* param_groups);
   void find_candidates(const std::vector<Ref>& lists);
   bool find_states();
-  void prefetch(size_t candidate) const;
+  void ask_ahead(const Candidate* candidate, int operand) const;
   bool add_row(Candidate* candidate);
   // What needs no Python: a plain tensor in memory, of a dtype that the drivers know.
   static bool has_memory(const TensorView& view) {

@@ -15,6 +15,7 @@ bool Plan::read_state(Candidate* candidate, Operands* operands, Row* row) {
   }
   for (int k = 0; k < row->states; ++k) {
     Ref& tensor = candidate->state[k];
+    ask_ahead(candidate, kState0 + k);
     if (!tensor || tensor.get() == Py_None) {
       create(candidate, k);
       row->first = 1;
@@ -93,6 +94,7 @@ void Plan::read_step(Candidate* candidate, Row* row) {
   const size_t key = state_keys_.size() - 1;
   Ref& step = candidate->state[key];
   TensorView view;
+  ask_ahead(candidate, kState0 + static_cast<int>(key));
   if (!step) create(candidate, key);
   const TensorAccess& access = TensorAccess::instance();
   const auto address = [&] { return static_cast<char*>(view.dl.data) + view.dl.byte_offset; };

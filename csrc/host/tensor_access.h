@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "core/dlpack_abi.h"
+#include "core/fetch.h"
 #include "host/python.h"
 
 namespace fusedopt::host {
@@ -57,8 +58,18 @@ struct ShimFunctions {
 };
 
 // Addresses of libtorch functions; at::Tensor is passed by address.
+// Where in a TensorImpl the pointers to what else a step reads lie, in bytes, for hints alone: 0
+// where that was not found.
+inline constexpr int64_t kLargestHint = 144;  // far enough from the end of a TensorImpl
+struct HintOffsets {
+  int64_t storage;  // to the StorageImpl
+  int64_t meta;     // to the autograd metadata
+  int64_t grad;     // from there to the gradient
+};
+
 struct DirectFunctions {
-  int64_t tensor_offset;                         // of the at::Tensor in the Python object, bytes
+  int64_t tensor_offset;  // of the at::Tensor in the Python object, bytes
+  HintOffsets hints;
   const void* undefined_impl;                    // the TensorImpl of "no tensor"
   const void* (*grad)(const void* tensor_impl);  // c10::TensorImpl::grad
   bool (*is_neg)(const void* tensor);            // at::native::is_neg
@@ -114,14 +125,29 @@ class TensorAccess {
   }
   GradRef grad(PyObject* param) const;
   static Ref grad_object(PyObject* param);
-  // Hints: bring the Python object into the cache; then, a few tensors later, the TensorImpl that
-  // it points to; then its storage. Each step reads what the one before has brought.
-  void prefetch_object(PyObject* tensor) const { __builtin_prefetch(tensor); }
+  // Hints, each of which reads what the one before has brought, a few tensors earlier: the Python
+  // object; the TensorImpl that it points to; its storage, its version counter, and the place of
+  // its gradient.
+  void prefetch_object(PyObject* tensor) const { fetch(tensor); }
   void prefetch_impl(PyObject* tensor) const {
-    if (way_ == Way::kDirect) prefetch_impl_of(tensor_in(tensor));
+    if (way_ == Way::kDirect) prefetch_lines(impl_of(tensor_in(tensor)), kImplBytes);
   }
   void prefetch_impl(const GradRef& grad) const {
-    if (grad.tensor != nullptr) prefetch_impl_of(grad.tensor);
+    if (grad.tensor != nullptr) prefetch_lines(impl_of(grad.tensor), kImplBytes);
+  }
+  void prefetch_storage(PyObject* tensor) const {
+    if (way_ == Way::kDirect) prefetch_storage_of(impl_of(tensor_in(tensor)));
+  }
+  void prefetch_storage(const GradRef& grad) const {
+    if (grad.tensor != nullptr) prefetch_storage_of(impl_of(grad.tensor));
+  }
+  void prefetch_grad(PyObject* param) const {
+    if (way_ != Way::kDirect || direct_.hints.meta == 0) return;
+    fetch(word(impl_of(tensor_in(param)), direct_.hints.meta) + direct_.hints.grad);
+  }
+  void prefetch_version(PyObject* param) const {
+    if (way_ != Way::kDirect || direct_.hints.storage == 0) return;
+    fetch_for_write(word(impl_of(tensor_in(param)), direct_.hints.storage + kVersionAfterStorage));
   }
 
   void bump_versions(const std::vector<PyObject*>& tensors) const;
@@ -135,9 +161,22 @@ class TensorAccess {
   void check_tensor(PyObject* object) const {
     if (!is_tensor(object)) raise(PyExc_TypeError, "expected a torch.Tensor, got " + repr(object));
   }
-  static void prefetch_impl_of(const void* tensor) {
-    const char* impl = *static_cast<const char* const*>(tensor);
-    for (int line = 0; line < 3; ++line) __builtin_prefetch(impl + 64 * line);
+  // In each torch that was looked at. Where it is not so, hints go astray.
+  static constexpr int kImplBytes = 176, kStorageBytes = 64;
+  static constexpr int64_t kVersionAfterStorage = 3 * sizeof(void*);
+  static const char* word(const char* base, int64_t offset) {
+    return *reinterpret_cast<const char* const*>(base + offset);
+  }
+  static const char* impl_of(const void* tensor) {
+    return *static_cast<const char* const*>(tensor);
+  }
+  static void prefetch_lines(const char* from, int bytes) {
+    for (int at = 0; at < bytes; at += 64) fetch(from + at);
+    fetch(from + bytes - 1);  // it need not begin at a line
+  }
+  void prefetch_storage_of(const char* impl) const {
+    if (direct_.hints.storage != 0)
+      prefetch_lines(word(impl, direct_.hints.storage), kStorageBytes);
   }
   bool read_direct(const void* tensor, TensorView* out) const;
   bool read_shim(const void* tensor, dlpack::Tensor* out) const;
