@@ -21,6 +21,7 @@
 #include "host/cpu_step.h"
 #include "host/cuda_step.h"
 #include "host/plan.h"
+#include "host/repeated_step.h"
 #include "host/tensor_access.h"
 #include "host/tensor_list.h"
 #include "host/triton_step.h"
@@ -149,6 +150,39 @@ std::string step(Plan& plan, const py::object& groups, const py::object& state,
                                 threads, grad_norm, skipped_steps);
   return guarded([&] {
     return plan.step(groups.ptr(), state.ptr(), host.ptr(), [&] { return arguments.run(&plan); });
+  });
+}
+
+// See host/repeated_step.h. `falsy` and `num_threads` are functions without arguments.
+py::object repeated_step(const py::object& plan, const py::object& host, const py::tuple& options,
+                         Py_ssize_t keys, bool norm, double max_norm, double clip_value,
+                         bool skip_nonfinite, const py::object& grad_norm,
+                         const py::object& skipped_steps, const std::vector<py::dict>& empty,
+                         const std::vector<py::function>& falsy, const py::function& num_threads) {
+  if (options.size() != host::kOptions)
+    throw py::value_error("options must be a tuple of " + std::to_string(host::kOptions));
+  const StepArguments arguments(norm, max_norm, clip_value, 1.0, false, skip_nonfinite, 1,
+                                grad_norm, skipped_steps);
+  host::StepBefore before{};
+  before.plan = plan.cast<Plan*>();
+  if (before.plan == nullptr) throw py::type_error("plan must not be None");
+  before.host = host.ptr();
+  before.options = options.ptr();
+  before.keys = keys;
+  before.grad_norm = grad_norm.ptr();
+  before.skipped_steps = skipped_steps.ptr();
+  before.norm_out = arguments.norm_out;
+  before.skipped_out = arguments.skipped_out;
+  for (const py::dict& dict : empty) before.empty.push_back(dict.ptr());
+  for (const py::function& function : falsy) before.falsy.push_back(function.ptr());
+  before.num_threads = num_threads.ptr();
+  before.step = arguments.options;
+  const py::tuple owned =
+      py::make_tuple(plan, host, options, grad_norm, skipped_steps, empty, falsy, num_threads);
+  before.owner = host::Ref::borrow(owned.ptr());
+  return guarded([&] {
+    const host::Ref function = host::repeated_step(std::move(before));
+    return py::reinterpret_borrow<py::object>(function.get());
   });
 }
 
@@ -285,14 +319,6 @@ std::string cuda_clip(host::CudaDriver& driver, const py::object& tensors, const
     driver.clip({list.table(), list.device_index(), host.ptr(), [] {}}, options);
     return std::string();
   });
-}
-
-// How many keys the param groups have in all.
-int64_t count_keys(const py::list& groups) {
-  int64_t keys = 0;
-  for (const py::handle group : groups)
-    if (PyDict_Check(group.ptr())) keys += PyDict_GET_SIZE(group.ptr());
-  return keys;
 }
 
 py::object describe(const py::object& tensor) {
@@ -438,6 +464,10 @@ PYBIND11_MODULE(_C, m) {
       .def("step", &step, py::arg("param_groups"), py::arg("state"), py::arg("host"),
            FUSEDOPT_STEP_ARGUMENTS)
       .def("apply", &apply, py::arg("squared_norm"), FUSEDOPT_STEP_ARGUMENTS)
+      .def("repeated_step", &repeated_step, py::arg("host"), py::arg("options"), py::arg("keys"),
+           py::arg("norm"), py::arg("max_norm"), py::arg("clip_value"), py::arg("skip_nonfinite"),
+           py::arg("grad_norm"), py::arg("skipped_steps"), py::arg("empty"), py::arg("falsy"),
+           py::arg("num_threads"))
       .def(
           "squared_norm",
           [](Plan& plan, int threads) {
@@ -525,7 +555,9 @@ PYBIND11_MODULE(_C, m) {
       py::arg("blocks"), py::arg("threads"));
   m.def("rules", &rules);
   m.def("build_info", &build_info);
-  m.def("count_keys", &count_keys, py::arg("param_groups"));
+  m.def(
+      "count_keys", [](const py::list& groups) { return host::count_keys(groups.ptr()); },
+      py::arg("param_groups"));
   m.def("describe", &describe, py::arg("tensor"));
   m.def("grad_pointer", &grad_pointer, py::arg("param"));
   m.def(
