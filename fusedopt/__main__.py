@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import sys
 import warnings
@@ -77,11 +78,15 @@ def self_test(backend: str, device: str) -> str:
 
 
 def chosen(device: str) -> tuple[str, str]:
-    """The backend that backend="auto" picks for float32 params on a device; and where it is the
-    reference in place of a faster one, why, and what to do."""
+    """The backend that backend="auto" picks for float32 params on a device, "none" where
+    FUSEDOPT_BACKEND asks for one that cannot serve; and where that is not the fastest that there is
+    for such a device, why, and what to do."""
     param = torch.nn.Parameter(torch.ones(3, device=device))
     param.grad = torch.ones_like(param)
-    optimizer = fusedopt.FusedSGD([param], lr=0.1)
+    try:
+        optimizer = fusedopt.FusedSGD([param], lr=0.1)
+    except (RuntimeError, ValueError) as error:
+        return "none", f"FUSEDOPT_BACKEND is {os.environ['FUSEDOPT_BACKEND']!r}: {error}"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # the report says it itself
         optimizer.step()
@@ -110,6 +115,7 @@ def report() -> dict[str, Any]:
             "self_test": None if result is None else (result or "passed"),
         }
     served = {name: chosen(name) for name in dict.fromkeys(("cpu", device))}
+    passed = all(e["self_test"] in (None, "passed") for e in entries.values())
     return {
         "versions": versions(),
         "devices": devices(),
@@ -119,7 +125,7 @@ def report() -> dict[str, Any]:
         "chosen": {name: backend for name, (backend, _) in served.items()},
         # Where both lack one, the reason is the same; else it is the GPU that lacks one.
         "fallback": next((why for _, why in reversed(served.values()) if why), None),
-        "ok": all(e["self_test"] in (None, "passed") for e in entries.values()),
+        "ok": passed and all(name != "none" for name, _ in served.values()),
     }
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from fusedopt import foreign, mistakes, options
+from fusedopt import foreign, options
 from fusedopt.plan import is_sparse, name_of
 from fusedopt.step_count import as_step
 
@@ -75,13 +75,13 @@ def load(optimizer: FusedOptimizer, state_dict: dict[str, Any]) -> None:
     Raises:
         ValueError, TypeError: as FusedOptimizer.load_state_dict; the optimizer is as it was.
     """
-    mistakes.check_is_dict(state_dict, "load_state_dict")
+    foreign.check_is_dict(state_dict, "load_state_dict")
     state_dict = state_dict.copy()
     for pre_hook in optimizer._optimizer_load_state_dict_pre_hooks.values():
         changed = pre_hook(optimizer, state_dict)
         if changed is not None:
             state_dict = changed
-    mistakes.check_state_dict(state_dict, "load_state_dict")
+    foreign.check_state_dict(state_dict, "load_state_dict")
     groups = _groups(optimizer, state_dict)
     state = _state(optimizer, state_dict, groups)
     optimizer.__setstate__({"state": state, "param_groups": groups})

@@ -104,7 +104,7 @@ def get_total_norm(
         if _without_values(tensors):
             return torch.nn.utils.get_total_norm(tensors, norm_type, error_if_nonfinite, foreach)
         return _norm(tensors, norm_type, error_if_nonfinite, foreach)[0]
-    except AttributeError as error:
+    except (AttributeError, RuntimeError, TypeError) as error:
         raise mistakes.no_tensor("tensors", tensors, error) from None
 
 
@@ -196,5 +196,7 @@ def clip_grad_value_(
     params = mistakes.tensors_of("parameters", parameters)
     grads = _gradients(params)
     clip_value = mistakes.number("clip_value", clip_value, 0, "leave the call out to clip nothing")
+    if not grads:  # which torch does not take
+        return
     if _without_values(grads) or not _scale(grads, 1.0, clip_value):
         torch.nn.utils.clip_grad_value_(params, clip_value, foreach)

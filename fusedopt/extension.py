@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib.machinery
+import importlib.metadata
+import json
 import os
 import sys
 from pathlib import Path
 
 _COMPILER = "a C++17 compiler (Debian: apt install g++)"
-_AGAIN = "pip install --force-reinstall --no-deps --no-cache-dir --no-binary=fusedopt"
 
 
 def explain(error: ImportError) -> tuple[str, str]:
@@ -17,8 +18,7 @@ def explain(error: ImportError) -> tuple[str, str]:
     if not isinstance(error, ModuleNotFoundError):
         return (
             f"the native extension cannot be loaded ({error})",
-            f"install what it lacks, or build it again on this machine, with {_COMPILER} and "
-            f"`{_AGAIN}`",
+            f"install what it lacks, or with {_COMPILER} build it on this machine: `{_again()}`",
         )
     tree = package.parent if _is_source_tree(package.parent) else None
     installed = _package_with_extension(besides=package)
@@ -35,15 +35,28 @@ def explain(error: ImportError) -> tuple[str, str]:
     elif others:
         here = f"{sys.implementation.cache_tag} on {sys.platform}"
         cause = f"{', '.join(others)} was built for another Python than this one ({here})"
-        remedy = f"install fusedopt again with this Python: {sys.executable} -m {_AGAIN}"
+        remedy = f"install fusedopt again with this Python: `{sys.executable} -m {_again()}`"
     elif tree is not None:
         cause = f"the source tree {tree} was not built"
         remedy = build
     else:
         cause = "fusedopt was installed without a C++17 compiler that works, or as a wheel for any "
         cause += "platform"
-        remedy = f"install {_COMPILER} and then fusedopt again, with `{_AGAIN}`"
+        remedy = f"install {_COMPILER} and then fusedopt again, with `{_again()}`"
     return f"the native extension is not there: {cause}", remedy
+
+
+def _again() -> str:
+    """The command that installs fusedopt once more, from where it came, and builds it."""
+    try:
+        record = importlib.metadata.distribution("fusedopt").read_text("direct_url.json")
+    except importlib.metadata.PackageNotFoundError:
+        record = None
+    origin = json.loads(record or "{}")
+    where = origin.get("url", "fusedopt")
+    if "vcs_info" in origin:
+        where = f"{origin['vcs_info']['vcs']}+{where}@{origin['vcs_info']['commit_id']}"
+    return f"pip install --force-reinstall --no-deps --no-cache-dir --no-binary=fusedopt {where}"
 
 
 def _is_source_tree(folder: Path) -> bool:

@@ -56,6 +56,8 @@ def _refuse_container(what: str, expected: str, value: Any, of_model: str = PARA
         expected: what `what` must be.
         of_model: what to write instead of a model.
     """
+    if isinstance(value, (list, tuple)):  # most often
+        return
     if isinstance(value, (str, bytes, os.PathLike)):
         hint = of_model
     elif isinstance(value, Module):
@@ -177,11 +179,11 @@ def tensors_of(what: str, given: Any, of_model: str = PARAMS) -> list[Any]:
     return items
 
 
-def no_tensor(what: str, items: list[Any], error: AttributeError) -> AttributeError:
-    """`error`, with what to write where it is one of an item that is no tensor."""
+def no_tensor(what: str, items: list[Any], error: Exception) -> Exception:
+    """`error`, with what to write where one of the items is no tensor."""
     if all(isinstance(item, Tensor) for item in items):
         return error
-    return AttributeError(f"{error}: each of {what} must be a tensor{item_hint(items)}")
+    return type(error)(f"{error}: each of {what} must be a tensor{item_hint(items)}")
 
 
 def number(name: str, value: Any, least: float = -math.inf, none: str = "") -> float:
@@ -193,88 +195,17 @@ def number(name: str, value: Any, least: float = -math.inf, none: str = "") -> f
     Raises:
         TypeError: for what is no number.
         ValueError: for a text that is none, NaN or a number below `least`.
+        RuntimeError: for a tensor of several elements.
     """
     bound = f"a number >= {least:g}" if least > -math.inf else "a number"
     try:
         result = float(value)
     except (TypeError, ValueError, RuntimeError) as error:
         hint = f"; {none}" if value is None and none else ""
-        kind = ValueError if isinstance(error, ValueError) else TypeError
-        raise kind(f"{name} must be {bound}, got {named(value)}{hint}") from None
+        raise type(error)(f"{name} must be {bound}, got {named(value)}{hint}") from None
     if not result >= least:
         raise ValueError(f"{name} must be {bound}, got {result}")
     return result
-
-
-# Checkpoints.
-
-
-def check_state_dict(given: Any, function: str) -> None:
-    """Raises unless `given` is built as what an optimizer's state_dict() gives; `function` is what
-    it was passed to.
-
-    Raises:
-        TypeError: for what is no dict.
-        ValueError: for another dict: a model's, or a checkpoint that holds the right one.
-    """
-    check_is_dict(given, function)
-    missing = [key for key in ("state", "param_groups") if key not in given]
-    if not missing:
-        return
-    expected = f"{function}() takes what optimizer.state_dict() has given, and"
-    lacks = f"has no {' and no '.join(map(repr, missing))}"
-    places = _places(given)
-    keys = ", ".join(map(str, list(given)[:5])) + (", ..." if len(given) > 5 else "")
-    if places:
-        calls = " or ".join(f"{function}(checkpoint{place})" for place in places)
-        raise ValueError(f"{expected} this dict {lacks}: its keys are {keys}; write {calls}")
-    if given and all(isinstance(value, Tensor) for value in given.values()):
-        raise ValueError(
-            f"{expected} this is a model's state_dict, which {lacks}: its keys are {keys}; pass "
-            "the one that was saved from the optimizer"
-        )
-    raise ValueError(
-        f"{expected} this dict {lacks}: " + (f"its keys are {keys}" if given else "it is empty")
-    )
-
-
-def check_is_dict(given: Any, function: str) -> None:
-    """Raises TypeError, as `check_state_dict`, for what is no dict."""
-    if isinstance(given, Mapping):
-        return
-    expected = f"{function}() takes the dict that optimizer.state_dict() has given, got"
-    if isinstance(given, (str, os.PathLike)):
-        path = os.fspath(given)
-        hint = (
-            f"; write {function}(torch.load({path!r})), or the part of it that is the optimizer's"
-        )
-    elif isinstance(given, (Optimizer, Module)):
-        hint = f"; write {function}(optimizer.state_dict())"
-    elif hasattr(given, "read"):
-        hint = f"; write {function}(torch.load(file)), or the optimizer's part of it"
-    else:
-        calls = " or ".join(f"{function}(checkpoint{place})" for place in _places(given))
-        hint = f"; write {calls}" if calls else ""
-    raise TypeError(f"{expected} {named(given)}{hint}")
-
-
-def _places(given: Any, depth: int = 3) -> list[str]:
-    """Where in a checkpoint an optimizer's state_dict is, such as '["optimizer"]'."""
-    if isinstance(given, Mapping):
-        if "state" in given and "param_groups" in given:
-            return [""]
-        items: Iterable[tuple[str, Any]] = ((_quoted(key), given[key]) for key in given)
-    elif isinstance(given, (list, tuple)):
-        items = ((str(index), value) for index, value in enumerate(given[:8]))
-    else:
-        return []
-    if not depth:
-        return []
-    return [f"[{key}]{rest}" for key, value in items for rest in _places(value, depth - 1)]
-
-
-def _quoted(key: Any) -> str:
-    return f'"{key}"' if isinstance(key, str) else repr(key)
 
 
 # Other arguments.
