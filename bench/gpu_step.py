@@ -107,7 +107,7 @@ def build_lanes(
         share_state(instance, shared)
         step()  # knows the state
         key = lane_key(workload, dtype, optimizer, entry)
-        key |= {"groups": workload.groups, "backend": getattr(instance, "_backend_in_use", None)}
+        key |= {"groups": workload.groups, "backend": getattr(instance, "backend_in_use", None)}
         key |= {"extra_bytes": gpu.extra_memory(step), **gpu.launches_of(step)}
         count = gpu.steps_for(sample_seconds, step)
         key |= {"steps_a_sample": count, "state_dtypes": state_dtypes(instance)}

@@ -1,19 +1,23 @@
-"""`python -m fusedopt [--json]`: what is installed, which backend serves and why not each other
-one, and a self-test of every backend that runs here. The exit code is 0 where the self-test passes.
+"""`python -m fusedopt [--json] [--strict]`: what is installed, which backend serves and why not
+each other one, and a self-test of every backend that runs here. Where the reference backend serves
+in place of a faster one, the last line says why, and what to do. The exit code is 0 where the
+self-test passes; with --strict, where no faster backend is missing, too.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import sys
+import warnings
 from typing import Any
 
 import torch
 
 import fusedopt
-from fusedopt import backends
+from fusedopt import backends, fallback
 from fusedopt._native import _C, missing, rejected_access
 
 
@@ -73,13 +77,24 @@ def self_test(backend: str, device: str) -> str:
     return ""
 
 
-def chosen(device: str) -> str:
-    """The backend that backend="auto" picks for float32 params on a device."""
+def chosen(device: str) -> tuple[str, str]:
+    """The backend that backend="auto" picks for float32 params on a device, "none" where
+    FUSEDOPT_BACKEND asks for one that cannot serve; and where that is not the fastest that there is
+    for such a device, why, and what to do."""
     param = torch.nn.Parameter(torch.ones(3, device=device))
     param.grad = torch.ones_like(param)
-    optimizer = fusedopt.FusedSGD([param], lr=0.1)
-    optimizer.step()
-    return str(optimizer._backend_in_use)
+    try:
+        optimizer = fusedopt.FusedSGD([param], lr=0.1)
+    except (RuntimeError, ValueError) as error:
+        return "none", f"FUSEDOPT_BACKEND is {os.environ['FUSEDOPT_BACKEND']!r}: {error}"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # the report says it itself
+        optimizer.step()
+    name = str(optimizer.backend_in_use)
+    asked_for = backends.check_name("auto") == name
+    if name != "reference" or asked_for:
+        return name, ""
+    return name, fallback.cause(optimizer.rule.name, param.device)
 
 
 def report() -> dict[str, Any]:
@@ -99,25 +114,33 @@ def report() -> dict[str, Any]:
             "reason": reason or None,
             "self_test": None if result is None else (result or "passed"),
         }
+    served = {name: chosen(name) for name in dict.fromkeys(("cpu", device))}
+    passed = all(e["self_test"] in (None, "passed") for e in entries.values())
     return {
         "versions": versions(),
         "devices": devices(),
         "native": _C.build_info() if _C is not None else {"missing": missing},
         "rejected tensor access": rejected_access,
         "backends": entries,
-        "chosen": {name: chosen(name) for name in dict.fromkeys(("cpu", device))},
-        "ok": all(e["self_test"] in (None, "passed") for e in entries.values()),
+        "chosen": {name: backend for name, (backend, _) in served.items()},
+        # Where both lack one, the reason is the same; else it is the GPU that lacks one.
+        "fallback": next((why for _, why in reversed(served.values()) if why), None),
+        "ok": passed and all(name != "none" for name, _ in served.values()),
     }
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m fusedopt", description=__doc__)
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    parser.add_argument(
+        "--strict", action="store_true", help="exit with 1 where a faster backend is missing, too"
+    )
     arguments = parser.parse_args(argv)
     data = report()
+    code = 0 if data["ok"] and not (arguments.strict and data["fallback"]) else 1
     if arguments.json:
         print(json.dumps(data, indent=2))
-        return 0 if data["ok"] else 1
+        return code
     for name, value in data["versions"].items():
         print(f"{name:15} {value or 'not there'}")
     print(f"{'devices':15} {', '.join(data['devices'])}")
@@ -135,7 +158,9 @@ def main(argv: list[str] | None = None) -> int:
     print()
     for device, name in data["chosen"].items():
         print(f"params on {device} are served by: {name}")
-    return 0 if data["ok"] else 1
+    if data["fallback"]:
+        print(f"\nwarning: {data['fallback']}")
+    return code
 
 
 if __name__ == "__main__":

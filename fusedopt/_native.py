@@ -1,31 +1,42 @@
 """Loads the native extension and teaches it to read torch tensors.
 
-``_C`` is the extension module, or None with the reason in ``missing``. torch is imported first, so
-that both share one OpenMP runtime. ``FUSEDOPT_TENSOR_ACCESS`` = direct, dlpack or python asks for
-one way of reading tensors (csrc/host/tensor_access.h says what they are); the default is the
-fastest that passes its check. An extension that can read no tensor counts as missing.
+``_C`` is the extension module, or None with the reason in ``missing`` and what to do about it in
+``remedy``. torch is imported first, so that both share one OpenMP runtime.
+``FUSEDOPT_TENSOR_ACCESS`` = direct, dlpack or python asks for one way of reading tensors
+(csrc/host/tensor_access.h says what they are); the default is the fastest that passes its check. An
+extension that can read no tensor counts as missing.
 """
 
 from __future__ import annotations
 
+import importlib
 import os
-import warnings
 from collections.abc import Callable
 from types import ModuleType
 
 import torch
 
+from fusedopt.extension import explain
 from fusedopt.tensor_access import BY_READER, DEVICES, FAILURES, WAYS, check, describe
 
-__all__ = ["BY_READER", "DEVICES", "PLAIN_TYPES", "WAYS", "_C", "missing", "rejected_access"]
+__all__ = [
+    "BY_READER",
+    "DEVICES",
+    "PLAIN_TYPES",
+    "WAYS",
+    "_C",
+    "missing",
+    "rejected_access",
+    "remedy",
+]
 
 _C: ModuleType | None
-missing = ""
+missing = remedy = ""
 try:
-    from fusedopt import _C
+    _C = importlib.import_module("fusedopt._C")
 except ImportError as error:
     _C = None
-    missing = f"the native extension is not there ({error}); install fusedopt with a C++17 compiler"
+    missing, remedy = explain(error)
 
 PLAIN_TYPES: tuple[type, ...] = (torch.Tensor, torch.nn.Parameter) + (
     (torch.nn.Buffer,) if isinstance(getattr(torch.nn, "Buffer", None), type) else ()
@@ -45,7 +56,7 @@ def use_tensor_access(way: str) -> None:
         RuntimeError: where that way does not work with this torch; the way in use stays.
     """
     if _C is None:
-        raise RuntimeError(missing)
+        raise RuntimeError(f"{missing}; {remedy}")
     _use(_C, way)
 
 
@@ -89,5 +100,6 @@ if _C is not None:
     missing = _choose(_C)
     if missing:
         _C = None
+        remedy = "install a newer fusedopt, or a torch of a version that docs/versions.md lists"
         if os.environ.get("FUSEDOPT_TENSOR_ACCESS"):
-            warnings.warn(f"{missing}; the reference backend serves", RuntimeWarning, stacklevel=2)
+            remedy = "unset FUSEDOPT_TENSOR_ACCESS"

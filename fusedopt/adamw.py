@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from fusedopt import checks
+from fusedopt.backends import Backend
 from fusedopt.optimizer import FusedOptimizer, options_doc
 from fusedopt.rule import Rule, precise
 
@@ -106,7 +107,7 @@ class FusedAdam(FusedOptimizer):
         clip_grad_value: float | Tensor | None = None,
         skip_nonfinite: bool = False,
         process_group: Any = None,
-        backend: str = "auto",
+        backend: Backend = "auto",
     ) -> None:
         defaults = {
             "lr": lr,
@@ -182,7 +183,7 @@ class FusedAdamW(FusedAdam):
         clip_grad_value: float | Tensor | None = None,
         skip_nonfinite: bool = False,
         process_group: Any = None,
-        backend: str = "auto",
+        backend: Backend = "auto",
     ) -> None:
         super().__init__(
             params,

@@ -160,7 +160,14 @@ def step_in_backward(
 
 def _check(optimizer: Any) -> None:
     if not isinstance(optimizer, FusedOptimizer):
-        raise TypeError(f"optimizer must be a fusedopt optimizer, got {type(optimizer).__name__}")
+        hint = ""
+        if isinstance(optimizer, torch.optim.Optimizer):
+            hint = "; pass fusedopt.fuse(optimizer)"
+        elif isinstance(optimizer, nn.Module):
+            hint = "; write step_in_backward(model, optimizer)"
+        raise TypeError(
+            f"optimizer must be a fusedopt optimizer, got {type(optimizer).__name__}{hint}"
+        )
     for option in ("max_grad_norm", "skip_nonfinite"):
         if getattr(optimizer, option):
             raise ValueError(

@@ -75,11 +75,13 @@ def load(optimizer: FusedOptimizer, state_dict: dict[str, Any]) -> None:
     Raises:
         ValueError, TypeError: as FusedOptimizer.load_state_dict; the optimizer is as it was.
     """
+    foreign.check_is_dict(state_dict, "load_state_dict")
     state_dict = state_dict.copy()
     for pre_hook in optimizer._optimizer_load_state_dict_pre_hooks.values():
         changed = pre_hook(optimizer, state_dict)
         if changed is not None:
             state_dict = changed
+    foreign.check_state_dict(state_dict, "load_state_dict")
     groups = _groups(optimizer, state_dict)
     state = _state(optimizer, state_dict, groups)
     optimizer.__setstate__({"state": state, "param_groups": groups})
@@ -97,6 +99,8 @@ def _groups(optimizer: FusedOptimizer, state_dict: dict[str, Any]) -> list[dict[
     groups = []
     for index, (new, old) in enumerate(zip(saved, own, strict=True)):
         where = f"param_groups[{index}] of the loaded state dict"
+        if "params" not in new:
+            raise ValueError(f"{where} has no 'params', the numbers of its params")
         if len(new["params"]) != len(old["params"]):
             raise ValueError(
                 "loaded state dict contains a parameter group "

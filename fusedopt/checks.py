@@ -47,6 +47,14 @@ def plain(value: Any) -> Any:
     return value if items is None else tuple(plain_number(item) for item in items)
 
 
+def _reads_as_number(text: str) -> bool:
+    """As YAML's 1e-3, which is a text there."""
+    try:
+        return not math.isnan(float(text))
+    except ValueError:
+        return False
+
+
 def real(what: str, value: Any) -> None:
     """Raises unless `value` is a number, of either sign; `what` starts the message.
 
@@ -58,7 +66,12 @@ def real(what: str, value: Any) -> None:
         name = "lr" if what == "learning rate" else what
         raise ValueError(f"Tensor {name} must be 1-element")
     if not is_number(value):
-        raise TypeError(f"Invalid {what}: {value!r}; expected a number or a one-element tensor")
+        hint = "; 0 switches it off" if value is None and what == "weight_decay value" else ""
+        if isinstance(value, str):
+            hint = f"; write float({value!r})" if _reads_as_number(value) else ""
+        raise TypeError(
+            f"Invalid {what}: {value!r}; expected a number or a one-element tensor{hint}"
+        )
     if math.isnan(float(value)):
         raise ValueError(f"Invalid {what}: {value}")
 
@@ -79,7 +92,9 @@ def betas(value: Any) -> None:
     """Raises unless `value` is a pair of numbers in [0, 1), both floats or both tensors."""
     items = pair(value)
     if items is None:
-        raise TypeError(f"Invalid betas: {value!r}; expected a pair of numbers in [0, 1)")
+        raise TypeError(
+            f"Invalid betas: {value!r}; expected a pair of numbers in [0, 1), as (0.9, 0.999)"
+        )
     for index, beta in enumerate(items):
         if isinstance(beta, torch.Tensor) and beta.numel() != 1:
             raise ValueError(f"Tensor betas[{index}] must be 1-element")
@@ -114,26 +129,33 @@ def drop_in_flags(group: dict[str, Any]) -> None:
         raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
 
 
+# What an option that clips does at 0, and what to write instead.
+_AT_ZERO = "0 would make each gradient 0; write None to switch clipping off"
+
+
 def limit(name: str, value: Any) -> float:
     """The number that clips, read now where it is a tensor.
 
     Raises:
-        ValueError: a negative value or NaN.
+        ValueError: 0, a negative value or NaN.
         TypeError: for what is no number.
     """
     if not is_number(value) or isinstance(value, bool):
-        raise TypeError(f"{name} must be a number >= 0 or None, got {value!r}")
+        raise TypeError(f"{name} must be a number > 0 or None, got {value!r}")
     number = float(value)
-    if not number >= 0:
-        raise ValueError(f"{name} must be a number >= 0 or None, got {value!r}")
+    if not number > 0:
+        hint = f"; {_AT_ZERO}" if number == 0 else ""
+        if number == 0 and name == "max_grad_norm":
+            hint += ', or float("inf") to measure the norm alone'
+        raise ValueError(f"{name} must be a number > 0 or None, got {value!r}{hint}")
     return number
 
 
 def clip_options(max_grad_norm: Any, clip_grad_value: Any) -> None:
-    """Raises unless at most one of the two is given, as a number >= 0.
+    """Raises unless at most one of the two is given, as a number > 0.
 
     Raises:
-        ValueError: both given, a negative value or NaN.
+        ValueError: both given, 0, a negative value or NaN.
         TypeError: for what is no number.
     """
     for name, value in (("max_grad_norm", max_grad_norm), ("clip_grad_value", clip_grad_value)):
@@ -142,5 +164,5 @@ def clip_options(max_grad_norm: Any, clip_grad_value: Any) -> None:
     if max_grad_norm is not None and clip_grad_value is not None:
         raise ValueError(
             "max_grad_norm and clip_grad_value cannot both be given, got "
-            f"{max_grad_norm!r} and {clip_grad_value!r}"
+            f"{max_grad_norm!r} and {clip_grad_value!r}; write None for one of them"
         )

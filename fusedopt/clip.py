@@ -9,14 +9,20 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from fusedopt import distributed, fake
+from fusedopt import distributed, fake, mistakes
 from fusedopt._native import _C
 from fusedopt.backends import cuda
 from fusedopt.forked import on_one_thread
 
+_NORM_ALONE = 'write float("inf") to measure the norm without clipping'
+_GRADIENTS = "the gradients: [p.grad for p in model.parameters() if p.grad is not None]"
+
 
 def _gradients(params: list[Tensor]) -> list[Tensor]:
-    return [p.grad for p in params if p.grad is not None]
+    try:
+        return [p.grad for p in params if p.grad is not None]
+    except AttributeError as error:
+        raise mistakes.no_tensor("parameters", params, error) from None
 
 
 def _without_values(tensors: list[Tensor]) -> bool:
@@ -90,11 +96,16 @@ def get_total_norm(
 
     Raises:
         RuntimeError: a non-finite norm with error_if_nonfinite=True.
+        TypeError: for what is no iterable of tensors.
     """
-    tensors = [tensors] if isinstance(tensors, Tensor) else list(tensors)
-    if _without_values(tensors):
-        return torch.nn.utils.get_total_norm(tensors, norm_type, error_if_nonfinite, foreach)
-    return _norm(tensors, float(norm_type), error_if_nonfinite, foreach)[0]
+    tensors = mistakes.tensors_of("tensors", tensors, _GRADIENTS)
+    norm_type = mistakes.number("norm_type", norm_type)
+    try:
+        if _without_values(tensors):
+            return torch.nn.utils.get_total_norm(tensors, norm_type, error_if_nonfinite, foreach)
+        return _norm(tensors, norm_type, error_if_nonfinite, foreach)[0]
+    except (AttributeError, RuntimeError, TypeError) as error:
+        raise mistakes.no_tensor("tensors", tensors, error) from None
 
 
 def _scale(grads: list[Tensor], coef: float, limit: float) -> bool:
@@ -124,20 +135,26 @@ def clip_grad_norm_(
 
     Args:
         parameters: a tensor or an iterable of them; those without a gradient are left out.
-        max_norm: the largest total norm that is left as it is.
+        max_norm: the largest total norm that is left as it is, >= 0.
         norm_type, error_if_nonfinite, foreach: as in `get_total_norm`.
 
     Returns:
         The total norm before clipping, a 0-dim tensor as `get_total_norm` gives.
+
+    Raises:
+        RuntimeError: a non-finite norm with error_if_nonfinite=True.
+        TypeError: for what is no iterable of tensors; None for max_norm.
+        ValueError: a negative max_norm, which would turn the gradients round, or NaN.
     """
-    params = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    params = mistakes.tensors_of("parameters", parameters)
     grads = _gradients(params)
+    max_norm = mistakes.number("max_norm", max_norm, 0, _NORM_ALONE)
+    norm_type = mistakes.number("norm_type", norm_type)
     if _without_values(grads):
         return torch.nn.utils.clip_grad_norm_(
             params, max_norm, norm_type, error_if_nonfinite, foreach
         )
-    max_norm = float(max_norm)
-    if float(norm_type) == 2.0:
+    if norm_type == 2.0:
         if error_if_nonfinite:
             norm_on_device = cuda.clip_(grads, norm=True, norm_only=True)
             if norm_on_device is not None:
@@ -146,7 +163,7 @@ def clip_grad_norm_(
         if on_device is not None:
             increment_version(grads)
             return on_device.to(_norm_dtype(grads))
-    total, norm = _norm(grads, float(norm_type), error_if_nonfinite, foreach)
+    total, norm = _norm(grads, norm_type, error_if_nonfinite, foreach)
     coef = None if norm is None else max_norm / (norm + 1e-6)
     if coef is not None and coef >= 1:
         return total  # nothing to scale, nothing written
@@ -169,10 +186,17 @@ def clip_grad_value_(
 
     Args:
         parameters: a tensor or an iterable of them; those without a gradient are left out.
-        clip_value: the largest absolute value that is left as it is.
+        clip_value: the largest absolute value that is left as it is, >= 0.
         foreach: handed to torch where torch clips.
+
+    Raises:
+        TypeError: for what is no iterable of tensors; None for clip_value.
+        ValueError: a negative clip_value, or NaN.
     """
-    params = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    params = mistakes.tensors_of("parameters", parameters)
     grads = _gradients(params)
-    if _without_values(grads) or not _scale(grads, 1.0, float(clip_value)):
+    clip_value = mistakes.number("clip_value", clip_value, 0, "leave the call out to clip nothing")
+    if not grads:  # which torch does not take
+        return
+    if _without_values(grads) or not _scale(grads, 1.0, clip_value):
         torch.nn.utils.clip_grad_value_(params, clip_value, foreach)

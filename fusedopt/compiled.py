@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fusedopt import distributed, step_count
+from fusedopt import distributed, show, step_count
 from fusedopt.backends import Request
 from fusedopt.plan import Host, is_sparse
 from fusedopt.rule import hyper_keys
@@ -100,6 +100,12 @@ def _step_uses(optimizer: FusedOptimizer) -> Counter[int]:
 @torch.compiler.disable
 def _outside_of_the_graph(optimizer: FusedOptimizer) -> None:
     optimizer._run(optimizer._request())
+
+
+@torch.compiler.disable
+def log(optimizer: FusedOptimizer) -> dict[str, float]:
+    """FusedOptimizer.log(), with a graph break."""
+    return show.figures(optimizer)
 
 
 def step(optimizer: FusedOptimizer) -> None:

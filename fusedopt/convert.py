@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from fusedopt import foreign
+
 # bitsandbytes' names of the moments.
 _RENAMED = {"state1": "exp_avg", "state2": "exp_avg_sq"}
 
@@ -22,8 +24,10 @@ def convert_state_dict(state_dict: dict[str, Any]) -> dict[str, Any]:
 
     Raises:
         ValueError: moments in 8 bits or with scales, or a group without bias correction: no
-            optimizer of fusedopt goes on from them.
+            optimizer of fusedopt goes on from them; a dict that is no optimizer's state_dict.
+        TypeError: for what is no dict.
     """
+    foreign.check_state_dict(state_dict, "convert_state_dict")
     groups, state = [], dict(state_dict["state"])
     for index, saved in enumerate(state_dict["param_groups"]):
         group = dict(saved)

@@ -8,19 +8,24 @@ import inspect
 import weakref
 from copy import deepcopy
 from types import MethodType
-from typing import Any
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from fusedopt import checks
+from fusedopt import checks, mistakes
 from fusedopt.adamw import FusedAdam, FusedAdamW
 from fusedopt.optimizer import FusedOptimizer
 from fusedopt.plan import is_sparse
 from fusedopt.rule import Rule
 from fusedopt.sgd import FusedSGD
 from fusedopt.step_count import as_step, stays
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from fusedopt.keywords import AdamKeywords, AdamWKeywords, Keywords, SGDKeywords
 
 # Subclasses before their bases.
 _FUSED: tuple[tuple[type[Optimizer], type[FusedOptimizer]], ...] = (
@@ -44,6 +49,22 @@ _HOOKS = (
 )
 
 
+@overload
+def fuse(optimizer: torch.optim.AdamW, **options: Unpack[AdamWKeywords]) -> FusedAdamW: ...
+
+
+@overload
+def fuse(optimizer: torch.optim.Adam, **options: Unpack[AdamKeywords]) -> FusedAdam: ...
+
+
+@overload
+def fuse(optimizer: torch.optim.SGD, **options: Unpack[SGDKeywords]) -> FusedSGD: ...
+
+
+@overload  # for what a function has returned that does not say which
+def fuse(optimizer: Optimizer, **options: Unpack[Keywords]) -> FusedOptimizer: ...
+
+
 def fuse(optimizer: Optimizer, **options: Any) -> FusedOptimizer:
     """The fused optimizer that goes on where `optimizer` is: same groups, same state tensors.
 
@@ -55,6 +76,9 @@ def fuse(optimizer: Optimizer, **options: Any) -> FusedOptimizer:
         options: keyword options of the fused class, such as max_grad_norm. A hyperparameter, such
             as lr, replaces the value in every group.
 
+    Returns:
+        A FusedAdamW, FusedAdam or FusedSGD.
+
     Raises:
         TypeError: for an optimizer of another class; for one whose step(), or another method that
             the fused one would not run, is its own; for an option that the fused class has not.
@@ -65,6 +89,7 @@ def fuse(optimizer: Optimizer, **options: Any) -> FusedOptimizer:
     _refuse_own_methods(optimizer, plain, target)
     schedulers = _schedulers(optimizer)
     accepted = inspect.signature(target).parameters
+    mistakes.check_option_names(options, list(accepted), target.__name__)
     defaults = {k: v for k, v in optimizer.defaults.items() if k in accepted}
     fused: FusedOptimizer = target(
         [{"params": list(group["params"])} for group in optimizer.param_groups],
@@ -100,7 +125,10 @@ def _classes(optimizer: Optimizer) -> tuple[type[Optimizer], type[FusedOptimizer
         if isinstance(optimizer, plain):
             return plain, target
     names = ", ".join(f"torch.optim.{plain.__name__}" for plain, _ in _FUSED)
-    raise TypeError(f"optimizer must be one of {names}, got {type(optimizer).__name__}")
+    got = optimizer if isinstance(optimizer, type) else type(optimizer)
+    kind = "the class " if got is optimizer else ""
+    hint = mistakes.hint_for_fuse(optimizer)
+    raise TypeError(f"optimizer must be one of {names}, got {kind}{got.__name__}{hint}")
 
 
 def _refuse_own_methods(

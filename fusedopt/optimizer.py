@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -16,7 +16,18 @@ from torch.optim.optimizer import (
 )
 from torch.utils._python_dispatch import _disable_current_modes
 
-from fusedopt import backends, checkpoint, checks, distributed, fake, options, shards
+from fusedopt import (
+    backends,
+    checkpoint,
+    checks,
+    distributed,
+    fake,
+    fallback,
+    mistakes,
+    options,
+    shards,
+    show,
+)
 from fusedopt.rule import Rule, hyper_keys
 
 options_doc = """        maximize: maximize the objective.
@@ -38,6 +49,8 @@ options_doc = """        maximize: maximize the objective.
 
 _UNCHECKED = object()
 
+_Loss = TypeVar("_Loss")
+
 
 class FusedOptimizer(options.InGroups, Optimizer):
     """Base class: a subclass gives its `rule`, its constructor and `check_group`.
@@ -57,7 +70,7 @@ class FusedOptimizer(options.InGroups, Optimizer):
         clip_grad_value: float | Tensor | None,
         skip_nonfinite: bool,
         process_group: Any,
-        backend: str,
+        backend: backends.Backend,
     ) -> None:
         self.check_group(defaults)
         keywords = {
@@ -68,8 +81,8 @@ class FusedOptimizer(options.InGroups, Optimizer):
             "backend": backend,
         }
         options.check(keywords)
-        if not isinstance(params, Tensor):
-            given: list[Any] = list(params)  # an iterator is walked once
+        if not isinstance(params, Tensor):  # which torch refuses
+            given = mistakes.param_list(params)  # an iterator is walked once
             groups = [group for group in given if isinstance(group, dict)]
             keywords = options.settle(keywords, groups)
             options.check(keywords)
@@ -88,6 +101,7 @@ class FusedOptimizer(options.InGroups, Optimizer):
         self._checked_keys = 0
         self._unknown_keys = set()
         self._backend_in_use: str | None = None  # which one served the last step
+        self._last_request: backends.Request | None = None  # what that did
         self._norm_tensor: Tensor | None = None
         self._skipped_tensor: Tensor | None = None
         self._handle: int | None = None  # by which compiled graphs find this optimizer
@@ -113,13 +127,17 @@ class FusedOptimizer(options.InGroups, Optimizer):
         """Adds a param group, as torch.optim; its hyperparameters are checked first.
 
         Raises:
+            TypeError: params that are none.
             ValueError: an option of the whole optimizer with another value than the groups have.
         """
-        if isinstance(param_group, dict):
-            self.check_group({**self.defaults, **param_group})
-            param_group.update(self._plain(param_group))
-            self._hand_on_options(param_group)
-        super().add_param_group(param_group)
+        mistakes.check_group(param_group, len(self.param_groups))
+        self.check_group({**self.defaults, **param_group})
+        param_group.update(self._plain(param_group))
+        self._hand_on_options(param_group)
+        try:
+            super().add_param_group(param_group)
+        except TypeError as error:
+            raise TypeError(f"{error}{mistakes.item_hint(param_group['params'])}") from None
         self._warn_of_unknown_keys(self.param_groups[-1:])
         self._checked_keys += len(self.param_groups[-1])
         self._checked_group = _UNCHECKED
@@ -128,6 +146,12 @@ class FusedOptimizer(options.InGroups, Optimizer):
         """The group with hyperparameters of numpy and the like in Python's types."""
         keys = [key for key, _ in hyper_keys(self.rule) if key in group]
         return {**group, **{key: checks.plain(group[key]) for key in keys}}
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], _Loss]) -> _Loss: ...
 
     def step(self, *args: Any, **kwargs: Any) -> Any:
         """step(closure=None): performs one step.
@@ -140,8 +164,12 @@ class FusedOptimizer(options.InGroups, Optimizer):
 
         Raises:
             RuntimeError: tensors that the chosen backend cannot serve, with the reason.
-            ValueError, TypeError: a hyperparameter, gradient or state that does not fit its param.
-                Nothing has changed then.
+            ValueError, TypeError: a hyperparameter, gradient or state that does not fit its param;
+                a closure that is no function. Nothing has changed then.
+
+        Warns:
+            RuntimeWarning: once in a process, where the reference backend serves params that a
+                faster one is made for, with the reason and what to do.
         """
         if (
             self._optimizer_step_pre_hooks
@@ -168,6 +196,7 @@ class FusedOptimizer(options.InGroups, Optimizer):
     def _step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None
         if closure is not None:
+            mistakes.check_closure(closure)
             with torch.enable_grad():
                 loss = closure()
         if torch.compiler.is_compiling():
@@ -191,9 +220,12 @@ class FusedOptimizer(options.InGroups, Optimizer):
             request.process_group = self._checked_group = self.process_group
         reasons = []
         for name, module in self._candidates.of(tensors.param_groups):
+            if module is backends.reference and self._candidates.auto:
+                fallback.warn_once(self.rule.name, tensors.param_groups)
             reason = module.step(tensors, request)
             if not reason:
                 self._backend_in_use = name
+                self._last_request = request
                 return
             reasons.append(f"{name}: {reason}")
         raise RuntimeError("no backend can serve this step; " + "; ".join(reasons))
@@ -220,9 +252,20 @@ class FusedOptimizer(options.InGroups, Optimizer):
 
         A 0-dim float32 tensor on the device of the first param with a gradient, the same tensor for
         each step until that is another device: clone it to keep a value. None before the first
-        step, and where neither `max_grad_norm` nor `skip_nonfinite` asks for a norm.
+        step that measures it.
+
+        Raises:
+            AttributeError: where no norm was measured, and neither `max_grad_norm` nor
+                `skip_nonfinite` asks for one; getattr(optimizer, "grad_norm", None) is None there.
         """
-        return self._norm_tensor
+        norm = self._norm_tensor
+        if norm is None and self.max_grad_norm is None and not self.skip_nonfinite:
+            raise AttributeError(
+                f"this {type(self).__name__} measures no grad_norm: write max_grad_norm=1.0, to "
+                'clip the gradients to that norm, or max_grad_norm=float("inf"), to measure it '
+                "without clipping"
+            )
+        return norm
 
     @property
     def skipped_steps(self) -> Tensor:
@@ -236,8 +279,29 @@ class FusedOptimizer(options.InGroups, Optimizer):
 
     @property
     def backend_in_use(self) -> str | None:
-        """The backend that served the last step; None before the first."""
+        """The backend that served the last step: "cuda", "triton", "cpu" or "reference"; None
+        before the first step."""
         return self._backend_in_use
+
+    def log(self) -> dict[str, float]:
+        """The figures of the last step, for a logger, in one read of the device.
+
+        It waits for the device: call it as often as a log is written, not in each step.
+
+        Returns:
+            `skipped_steps` always; and where the step has measured a norm, which `max_grad_norm` or
+            `skip_nonfinite` asks for, `grad_norm`, before clipping, and `clip_coef`, what clipping
+            has multiplied the gradients with: min(1, max_grad_norm / (grad_norm + 1e-6)), and 1
+            where nothing was to be clipped. Before the first step there is no norm.
+        """
+        if torch.compiler.is_compiling():
+            from fusedopt import compiled
+
+            return compiled.log(self)
+        return show.figures(self)
+
+    def __repr__(self) -> str:
+        return show.as_text(self)
 
     @property
     def _step_supports_amp_scaling(self) -> bool:

@@ -13,8 +13,11 @@ import warnings
 from operator import is_
 from typing import Any
 
-from fusedopt import backends, checks
+from torch import Tensor
+
+from fusedopt import backends, checks, distributed, mistakes
 from fusedopt._native import _C
+from fusedopt.callers import callers_level
 
 # Name and value where it is not given.
 DEFAULTS: dict[str, Any] = {
@@ -46,6 +49,9 @@ def check(options: dict[str, Any]) -> None:
     skip = options["skip_nonfinite"]
     if not isinstance(skip, bool):
         raise TypeError(f"skip_nonfinite must be a bool, got {skip!r}")
+    group = options["process_group"]
+    if not isinstance(group, distributed.SavedGroup):  # of a pickle, found at the next step
+        mistakes.check_process_group(group)
     backends.check_name(options["backend"])
 
 
@@ -133,18 +139,6 @@ def _option(name: str, doc: str) -> Any:
     return property(get, set_, doc=doc)
 
 
-def _callers_level() -> int:
-    """The stacklevel of the code that called into fusedopt, for a warning of this one's caller."""
-    level, frame = 1, sys._getframe(1)
-    while frame.f_back is not None and _is_inside(frame.f_globals.get("__name__", "")):
-        level, frame = level + 1, frame.f_back
-    return level
-
-
-def _is_inside(module: str) -> bool:
-    return module.startswith(("fusedopt.", "torch.optim."))
-
-
 class InGroups:
     """The part of an optimizer that keeps its options in all of its groups."""
 
@@ -156,11 +150,17 @@ class InGroups:
     _checked_keys: int  # how many all groups had when they were looked at
     _unknown_keys: set[str]  # that a warning has named
 
-    max_grad_norm = _option("max_grad_norm", "The L2 norm that gradients are clipped to, or None.")
-    clip_grad_value = _option("clip_grad_value", "What gradient elements are clamped to, or None.")
-    skip_nonfinite = _option("skip_nonfinite", "Whether a non-finite norm makes a step a no-op.")
-    process_group = _option("process_group", "Over whose ranks the norm is summed, or None.")
-    backend = _option("backend", 'The backend that was asked for, or "auto".')
+    max_grad_norm: float | Tensor | None = _option(
+        "max_grad_norm", "The L2 norm that gradients are clipped to, or None."
+    )
+    clip_grad_value: float | Tensor | None = _option(
+        "clip_grad_value", "What gradient elements are clamped to, or None."
+    )
+    skip_nonfinite: bool = _option(
+        "skip_nonfinite", "Whether a non-finite norm makes a step a no-op."
+    )
+    process_group: Any = _option("process_group", "Over whose ranks the norm is summed, or None.")
+    backend: backends.Backend = _option("backend", 'The backend that was asked for, or "auto".')
 
     def _options(self) -> dict[str, Any]:
         """Those of the whole optimizer.
@@ -213,7 +213,7 @@ class InGroups:
         warnings.warn(
             f"{type(self).__name__} has no hyperparameter {', '.join(named)}: a key of a param "
             "group without effect",
-            stacklevel=_callers_level(),
+            stacklevel=callers_level(),
         )
 
     def _request(self) -> backends.Request:

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from fusedopt import checks
+from fusedopt.backends import Backend
 from fusedopt.optimizer import FusedOptimizer, options_doc
 from fusedopt.rule import Rule, precise
 
@@ -90,7 +91,7 @@ class FusedSGD(FusedOptimizer):
         clip_grad_value: float | Tensor | None = None,
         skip_nonfinite: bool = False,
         process_group: Any = None,
-        backend: str = "auto",
+        backend: Backend = "auto",
     ) -> None:
         defaults = {
             "lr": lr,

@@ -161,7 +161,10 @@ def test_a_norm_that_fails_takes_the_state_back(
     monkeypatch.setattr(fusedopt.distributed, "all_reduce_sum", fail)
     params = make_params([5, 7], torch.float32)
     optimizer = fusedopt.FusedAdamW(
-        params, max_grad_norm=1.0, process_group=object(), backend=backend
+        params,
+        max_grad_norm=1.0,
+        process_group=torch.distributed.ProcessGroup(0, 1),
+        backend=backend,
     )
     before = snapshot(optimizer, params)
     with pytest.raises(ConnectionError):

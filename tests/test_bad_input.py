@@ -86,7 +86,7 @@ def test_sgd_constructor(options: Any, error: Any, message: str) -> None:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"max_grad_norm": -1.0}, ValueError, "max_grad_norm must be a number >= 0"),
+        ({"max_grad_norm": -1.0}, ValueError, "max_grad_norm must be a number > 0"),
         ({"max_grad_norm": NAN}, ValueError, "max_grad_norm"),
         ({"max_grad_norm": "1"}, TypeError, "max_grad_norm"),
         ({"max_grad_norm": True}, TypeError, "max_grad_norm"),
@@ -125,7 +125,7 @@ def test_backend_from_the_environment() -> None:
     script = (
         "import torch, fusedopt\n"
         "p = torch.nn.Parameter(torch.ones(3)); p.grad = torch.ones(3)\n"
-        "o = fusedopt.FusedSGD([p]); o.step(); print(o._backend_in_use)\n"
+        "o = fusedopt.FusedSGD([p]); o.step(); print(o.backend_in_use)\n"
     )
     for backend, expected in (("reference", "reference"), ("auto", "cpu"), ("nonsense", None)):
         done = subprocess.run(
@@ -229,7 +229,7 @@ def test_a_param_listed_twice_steps_as_in_torch() -> None:
     subject.step()
     plain.step()
     torch.testing.assert_close(ours, theirs)
-    assert subject._backend_in_use == "reference"
+    assert subject.backend_in_use == "reference"
 
 
 class Host:

@@ -149,7 +149,7 @@ def test_auto_goes_on_to_triton_on_the_device_without_kernels(
         optimizer = adamw(params_on(*devices), backend="auto", max_grad_norm=1.0)
         for _ in range(2):
             optimizer.step()
-        in_use.append(optimizer._backend_in_use)
+        in_use.append(optimizer.backend_in_use)
         if devices == (1,):
             assert "context 0" not in gpus.machine.calls()
     assert in_use == ["cuda", "triton", "triton", "triton", "cuda"]

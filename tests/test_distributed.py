@@ -93,7 +93,7 @@ def fsdp2(rank: int, ranks: int, **options: Any) -> None:
     net = sharded(mesh_of((ranks,)))
     optimizer = adamw(net, **options)
     norms = train(net, optimizer, share=rank, shares=ranks)
-    assert optimizer._backend_in_use == options.get("backend", "cpu")
+    assert optimizer.backend_in_use == options.get("backend", "cpu")
     for entry in optimizer.state.values():
         assert hasattr(entry["exp_avg"], "placements")
         assert not hasattr(entry["step"], "placements")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import fusedopt
-from fusedopt import _native, backends
+from fusedopt import _native, backends, fallback
 from fusedopt.tensor_access import DEVICES, describe
 from tests.cases import CASES, DTYPES, SHORT, Case, make_params, new_grads
 
@@ -232,6 +232,35 @@ def test_a_step_does_not_wait_for_the_device(backend: str) -> None:
     torch.cuda.set_sync_debug_mode("error")
     for _ in range(3):
         optimizer.step()
+
+
+def test_a_log_is_one_copy_from_the_device(backend: str) -> None:
+    optimizer = adamw([100, 70_000], backend, max_grad_norm=1.0, skip_nonfinite=True)
+    for _ in range(2):
+        optimizer.step()
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        figures = optimizer.log()
+    assert sum("Memcpy DtoH" in event.name for event in profile.events()) == 1
+    assert optimizer.grad_norm is not None
+    norm = optimizer.grad_norm.item()
+    coef = min(1.0, 1.0 / (norm + 1e-6))
+    assert figures == {"clip_coef": coef, "grad_norm": norm, "skipped_steps": 0.0}
+
+
+def test_a_gpu_without_kernels_brings_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fallback, "_warned", False)
+    monkeypatch.setattr(backends.cuda, "unavailable", lambda: "no nvcc")
+    monkeypatch.setattr(backends.cuda, "unserved", lambda rule, device: "no nvcc")
+    monkeypatch.setattr(backends.triton, "unavailable", lambda: "no triton")
+    optimizer = fusedopt.FusedAdamW(on_gpu(make_params([100], torch.float32)))
+    said = "cuda: no nvcc; triton: no triton; the reference backend serves params on cuda"
+    with pytest.warns(RuntimeWarning, match=said):
+        optimizer.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step()
+    assert optimizer.backend_in_use == "reference"
 
 
 def test_one_launch_a_step_and_no_allocation(backend: str) -> None:

@@ -185,7 +185,7 @@ def test_auto_goes_on_where_the_kernels_were_not_compiled_for_the_device(
     optimizer = fusedopt.FusedAdamW(on_gpu([100]), lr=0.1)
     optimizer.step()
     expected = "reference" if backends.triton.unavailable() else "triton"
-    assert optimizer._backend_in_use == expected
+    assert optimizer.backend_in_use == expected
 
 
 def test_an_optimizer_over_cpu_params_leaves_cuda_to_forked_processes() -> None:

@@ -79,6 +79,21 @@ def test_gradients_are_as_they_were() -> None:
     torch.testing.assert_close(optimizer.grad_norm, norm)
 
 
+def test_the_norm_is_there_where_it_is_asked_for() -> None:
+    params = variables()
+    for options in ({}, {"clipvalue": 0.1}, {"clipnorm": 0.1}):
+        plain = ours.FusedAdamW(1e-2, **options)
+        plain.apply(gradients(0), params)
+        with pytest.raises(AttributeError, match=r"write global_clipnorm=1\.0"):
+            _ = plain.grad_norm
+        assert getattr(plain, "grad_norm", None) is None
+    assert ours.FusedAdamW(1e-2, global_clipnorm=1.0).grad_norm is None
+    unclipped = ours.FusedAdamW(1e-2, global_clipnorm=float("inf"))
+    unclipped.apply(gradients(0), params)
+    norm = torch.nn.utils.get_total_norm(gradients(0))
+    torch.testing.assert_close(unclipped.grad_norm, norm)
+
+
 def test_the_variables_of_keras_adamw_are_taken_over() -> None:
     plain, fused = keras.optimizers.AdamW(1e-2), ours.FusedAdamW(1e-2)
     params, others = variables(), variables()

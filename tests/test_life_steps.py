@@ -181,7 +181,9 @@ def test_a_step_that_is_not_done_is_not_counted(backend: str, kind: str, how: st
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_count_with_a_norm_over_ranks(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distributed, "all_reduce_sum", lambda t, group: t.mul_(4))
-    optimizer, params = adamw(backend, max_grad_norm=1.0, process_group=object())
+    optimizer, params = adamw(
+        backend, max_grad_norm=1.0, process_group=torch.distributed.ProcessGroup(0, 1)
+    )
     steps = make_state(optimizer, torch.zeros(1, dtype=torch.int64))
     for _ in range(2):
         optimizer.step()

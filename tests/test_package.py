@@ -59,7 +59,7 @@ model = torch.nn.Linear(4, 4)
 model(torch.ones(2, 4)).sum().backward()
 optimizer = fusedopt.FusedAdamW(model.parameters(), max_grad_norm=1.0)
 optimizer.step()
-print(optimizer._backend_in_use)
+print(optimizer.backend_in_use)
 """
 )
 

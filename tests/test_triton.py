@@ -68,7 +68,7 @@ p = torch.nn.Parameter(torch.ones(3))
 p.grad = torch.ones(3)
 optimizer = fusedopt.FusedAdamW([p])
 optimizer.step()
-print(optimizer._backend_in_use, "fusedopt.triton_kernels" in sys.modules)
+print(optimizer.backend_in_use, "fusedopt.triton_kernels" in sys.modules)
 """
 
 
@@ -154,7 +154,7 @@ p = torch.nn.Parameter(torch.ones(3))
 p.grad = torch.ones(3)
 optimizer = fusedopt.FusedAdamW([p])
 optimizer.step()
-assert optimizer._backend_in_use == "cpu"
+assert optimizer.backend_in_use == "cpu"
 """
 
 

@@ -12,11 +12,15 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
+from fusedopt._native import missing, remedy
 from fusedopt.backends import cpu, cuda, reference, triton
+
+# What the option `backend` may be.
+Backend = Literal["auto", "cuda", "triton", "cpu", "reference"]
 
 # The types of devices that a backend takes params on; those that are not here, all.
 _DEVICE_TYPES: dict[str, tuple[str, ...]] = {
@@ -24,6 +28,12 @@ _DEVICE_TYPES: dict[str, tuple[str, ...]] = {
     "triton": ("cuda", "xpu"),  # its interpreter takes those on the CPU, but is for tests
     "cpu": ("cpu",),
 }
+
+
+def made_for(device_type: str) -> list[str]:
+    """The backends with kernels for params on a type of device, whether they run here or not."""
+    return [name for name, types in _DEVICE_TYPES.items() if device_type in types]
+
 
 # In the order in which "auto" tries them.
 BACKENDS: dict[str, ModuleType] = {
@@ -69,9 +79,12 @@ def check_name(backend: str) -> str:
     if backend == "auto":
         asked = os.environ.get("FUSEDOPT_BACKEND", "auto")
         backend, source = asked or "auto", "FUSEDOPT_BACKEND"
-    if backend != "auto" and backend not in BACKENDS:
+    if backend != "auto" and backend not in tuple(BACKENDS):
         names = ", ".join(["auto", *BACKENDS])
-        raise ValueError(f"{source} must be one of {names}, got {backend!r}")
+        raise ValueError(
+            f'{source} must be one of {names}, got {backend!r}; "auto" chooses by where the params '
+            "are"
+        )
     return backend
 
 
@@ -92,7 +105,8 @@ def candidates(backend: str, device_type: str | None = None) -> list[tuple[str, 
     module = BACKENDS[backend]
     reason = module.unavailable()
     if reason:
-        raise RuntimeError(f"backend {backend!r} cannot serve: {reason}")
+        cure = f"; {remedy}" if reason == missing else ""
+        raise RuntimeError(f"backend {backend!r} cannot serve: {reason}{cure}")
     return [(backend, module)]
 
 
@@ -106,7 +120,8 @@ class Candidates:
     """
 
     def __init__(self, backend: str) -> None:
-        self._named = [] if backend == "auto" else candidates(backend)
+        self.auto = backend == "auto"
+        self._named = [] if self.auto else candidates(backend)
         self._by_type: dict[str, list[tuple[str, ModuleType]]] = {}
 
     def of(self, param_groups: list[dict[str, Any]]) -> list[tuple[str, ModuleType]]:

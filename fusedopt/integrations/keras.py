@@ -43,7 +43,16 @@ class FusedAdamW(keras.optimizers.AdamW):
     @property
     def grad_norm(self) -> Tensor | None:
         """Total L2 norm of the last step's gradients before clipping, a 0-dim float32 tensor on
-        their device; None without global_clipnorm, or before the first step."""
+        their device; None before the first step.
+
+        Raises:
+            AttributeError: without global_clipnorm, which asks for it.
+        """
+        if not self.global_clipnorm:
+            raise AttributeError(
+                "this FusedAdamW measures no grad_norm: write global_clipnorm=1.0 to clip the "
+                'gradients to that norm, or global_clipnorm=float("inf") to measure it'
+            )
         return self._fused[0].grad_norm if self._fused else None
 
     def _clip_gradients(self, grads: list[Tensor]) -> list[Tensor]:
