@@ -1,5 +1,6 @@
 """The native extension (csrc/bindings.cpp). Private."""
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -37,6 +38,21 @@ class Plan:
         grad_norm: Tensor | None,
         skipped_steps: Tensor | None,
     ) -> None: ...
+    def repeated_step(
+        self,
+        host: Any,
+        options: tuple[Any, ...],
+        keys: int,
+        norm: bool,
+        max_norm: float,
+        clip_value: float,
+        skip_nonfinite: bool,
+        grad_norm: Tensor | None,
+        skipped_steps: Tensor | None,
+        empty: list[dict[Any, Any]],
+        falsy: list[Callable[[], Any]],
+        num_threads: Callable[[], int],
+    ) -> Callable[[dict[str, Any]], bool]: ...
     def squared_norm(self, threads: int) -> float: ...
     def roll_back(self) -> None: ...
     @property

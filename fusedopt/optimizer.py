@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from operator import is_
 from typing import Any, ClassVar, TypeVar, overload
 
 import torch
@@ -106,6 +107,9 @@ class FusedOptimizer(options.InGroups, Optimizer):
         self._skipped_tensor: Tensor | None = None
         self._handle: int | None = None  # by which compiled graphs find this optimizer
         self._drivers: dict[Any, Any] = {}  # those of the native backends
+        # Does a step like the last one on the CPU; and what that one was told.
+        self._repeated: Callable[[dict[str, Any]], bool] | None = None
+        self._repeated_for: tuple[Any, ...] = ()
 
     @classmethod
     def check_group(cls, group: dict[str, Any]) -> None:
@@ -172,6 +176,13 @@ class FusedOptimizer(options.InGroups, Optimizer):
                 faster one is made for, with the reason and what to do.
         """
         if (
+            self._repeated is not None
+            and not (args or kwargs)
+            and not torch.compiler.is_compiling()
+            and self._repeated(self.__dict__)
+        ):
+            return None
+        if (
             self._optimizer_step_pre_hooks
             or self._optimizer_step_post_hooks
             or _global_optimizer_pre_hooks
@@ -226,9 +237,21 @@ class FusedOptimizer(options.InGroups, Optimizer):
             if not reason:
                 self._backend_in_use = name
                 self._last_request = request
+                self._note_repeated(tensors is self and name == "cpu")
                 return
             reasons.append(f"{name}: {reason}")
         raise RuntimeError("no backend can serve this step; " + "; ".join(reasons))
+
+    def _note_repeated(self, may_be: bool) -> None:
+        """Lets the next step repeat this one, if it may be."""
+        if not may_be:
+            self._repeated = None
+            return
+        told: tuple[Any, ...] = (self._checked_options, self._checked_keys)
+        told += (self._norm_tensor, self._skipped_tensor)
+        if self._repeated is None or not all(map(is_, told, self._repeated_for)):
+            self._repeated = backends.cpu.repeated_step(self)
+            self._repeated_for = told
 
     def _init_group(
         self,

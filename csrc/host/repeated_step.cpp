@@ -73,7 +73,7 @@ bool is_like(const StepBefore& before, PyObject* attributes) {
     if (!is_empty(item(attributes, name))) return false;
   for (PyObject* dict : before.empty)
     if (!is_empty(dict)) return false;
-  if (item(attributes, names().grad_norm) != before.grad_norm ||
+  if ((before.step.norm && item(attributes, names().grad_norm) != before.grad_norm) ||
       item(attributes, names().skipped_steps) != before.skipped_steps)
     return false;
   PyObject* defaults = item(attributes, names().defaults);
