@@ -35,7 +35,8 @@ def explain(error: ImportError) -> tuple[str, str]:
     elif others:
         here = f"{sys.implementation.cache_tag} on {sys.platform}"
         cause = f"{', '.join(others)} was built for another Python than this one ({here})"
-        remedy = f"install fusedopt again with this Python: `{sys.executable} -m {_again()}`"
+        command = f"pip install -e {tree}" if tree is not None else _again()
+        remedy = f"install fusedopt again with this Python: `{sys.executable} -m {command}`"
     elif tree is not None:
         cause = f"the source tree {tree} was not built"
         remedy = build

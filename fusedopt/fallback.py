@@ -72,13 +72,15 @@ def warn_once(rule: str, param_groups: list[dict[str, Any]]) -> None:
     )
 
 
+@torch.no_grad()
 def _are_plain(params: list[Tensor]) -> bool:
     """Whether a faster backend takes these params: no other backend than the reference takes
     tensor subclasses, other dtypes or params that are listed twice."""
     device = params[0].device
     for param in params:
+        tensor: Any
         for tensor in (param, param.grad):
-            local = distributed.local_tensor(tensor, param)
+            local = tensor.to_local() if distributed.is_dtensor(tensor) else tensor
             if type(local) not in PLAIN_TYPES or local.device.type != device.type:
                 return False
         if param.dtype not in _DTYPES or param.layout != torch.strided:

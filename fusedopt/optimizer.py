@@ -36,14 +36,14 @@ options_doc = """        maximize: maximize the objective.
         differentiable: accepted for drop-in use; True raises RuntimeError.
         max_grad_norm: clip the gradients of all groups together to this L2 norm, as
             torch.nn.utils.clip_grad_norm_ before the step, but in registers: `.grad` is never
-            written. `inf` measures the norm without clipping. This and the options below are those
-            of the whole optimizer: they stand in each param group, with one value in all of them,
-            and each is an attribute that reads and writes all groups.
-        clip_grad_value: clamp each gradient element to +-this value; not with max_grad_norm.
+            written. `inf` measures the norm without clipping; None, not 0, switches it off. This
+            and the options below are those of the whole optimizer: they stand in each param group,
+            with one value in all of them; each is an attribute that reads and writes all groups.
+        clip_grad_value: clamp each gradient element to +-this value, > 0; not with max_grad_norm.
         skip_nonfinite: where the total norm is NaN or infinite, the step changes no param, no state
             and no step count, and `skipped_steps` goes up by one.
-        process_group: a torch.distributed group over whose ranks the params are spread: the norm is
-            that of all ranks together.
+        process_group: a torch.distributed.ProcessGroup over whose ranks the params are spread: the
+            norm is that of all ranks together.
         backend: "auto" (the environment variable FUSEDOPT_BACKEND, else the first that can serve of
             cuda, triton, cpu, reference), or one of them by name.
 """

@@ -463,7 +463,8 @@ def test_a_norm_that_is_reduced_over_ranks(
     monkeypatch.setattr(distributed, "all_reduce_sum", lambda t, group: t.mul_(4))
     params, plain = (make_params([1, 300, 20_000], torch.float32) for _ in range(2))
     norm = 2 * float(exact_norm(params))
-    options = {"max_grad_norm": 0.5, "process_group": object(), "backend": backend}
+    group = torch.distributed.ProcessGroup(0, 1)
+    options = {"max_grad_norm": 0.5, "process_group": group, "backend": backend}
     subject = fusedopt.FusedAdamW(params, lr=1e-2, **options)
     reference = torch.optim.AdamW(plain, lr=1e-2, foreach=False)
     for p in plain:

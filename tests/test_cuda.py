@@ -159,7 +159,8 @@ def test_scalars_of_a_wrong_type_are_refused() -> None:
 
 def test_two_launches_around_a_norm_that_is_reduced(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends.native.distributed, "all_reduce_sum", lambda t, group: t.mul_(4))
-    options = {"max_grad_norm": 0.5, "process_group": object(), "backend": "cuda"}
+    group = torch.distributed.ProcessGroup(0, 1)
+    options = {"max_grad_norm": 0.5, "process_group": group, "backend": "cuda"}
     optimizer = fusedopt.FusedAdamW(make_params([1, 300], torch.float32), **options)
     before = launches()
     optimizer.step()

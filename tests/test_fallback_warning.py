@@ -105,6 +105,7 @@ def assert_said(folder: Path, *parts: str, **environment: str) -> None:
     assert f"warning: {data['fallback']}" == last_line(shown)
 
 
+@pytest.mark.slow
 def test_an_install_without_a_compiler(tmp_path: Path) -> None:
     site = package(tmp_path / "site")
     assert_said(
@@ -116,6 +117,7 @@ def test_an_install_without_a_compiler(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", ["folder", "PYTHONPATH"])
 def test_a_source_tree_that_shadows_the_installed_package(tmp_path: Path, first: str) -> None:
     clone, site = tree(tmp_path / "clone"), package(tmp_path / "site", built=True)
@@ -147,6 +149,7 @@ sys.meta_path.append(Editable)
     assert f"shadows the installed package {ROOT / 'fusedopt'}" in the_warning(done)
 
 
+@pytest.mark.slow
 def test_a_package_that_shadows_another(tmp_path: Path) -> None:
     pure, site = package(tmp_path / "pure"), package(tmp_path / "site", built=True)
     assert_said(
@@ -157,6 +160,7 @@ def test_a_package_that_shadows_another(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_source_tree_that_was_not_built(tmp_path: Path) -> None:
     clone = tree(tmp_path / "clone")
     assert_said(
@@ -166,18 +170,22 @@ def test_a_source_tree_that_was_not_built(tmp_path: Path) -> None:
     )
 
 
-def test_an_extension_of_another_python(tmp_path: Path) -> None:
-    site = package(tmp_path / "site")
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["clone", "site"])
+def test_an_extension_of_another_python(tmp_path: Path, where: str) -> None:
+    site = (tree if where == "clone" else package)(tmp_path / where)
     name = "_C.cpython-38-x86_64-linux-gnu.so"
     (site / "fusedopt" / name).touch()
+    how = f"-e {site}" if where == "clone" else "--force-reinstall"
     assert_said(
         tmp_path,
         f"the native extension is not there: {name} was built for another Python than this one",
-        f"install fusedopt again with this Python: `{sys.executable} -m pip install",
+        f"install fusedopt again with this Python: `{sys.executable} -m pip install {how}",
         PYTHONPATH=str(site),
     )
 
 
+@pytest.mark.slow
 def test_an_extension_that_cannot_be_loaded(tmp_path: Path) -> None:
     site = package(tmp_path / "site")
     assert _C is not None
@@ -200,6 +208,7 @@ def test_a_backend_that_is_asked_for_says_the_remedy(tmp_path: Path) -> None:
     assert "; with a C++17 compiler (Debian: apt install g++), run `pip install -e" in error
 
 
+@pytest.mark.slow
 def test_the_reference_by_name_needs_no_warning(tmp_path: Path) -> None:
     site = str(package(tmp_path / "site"))
     done = run(tmp_path, STEPS, PYTHONPATH=site, FUSEDOPT_BACKEND="reference")
@@ -213,6 +222,7 @@ def test_the_reference_by_name_needs_no_warning(tmp_path: Path) -> None:
     assert "warning" not in shown.stdout
 
 
+@pytest.mark.slow
 def test_where_it_is_installed_from(tmp_path: Path) -> None:
     """The remedy is a command that can be pasted."""
     site = package(tmp_path / "site")

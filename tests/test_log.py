@@ -184,6 +184,19 @@ def test_log_in_a_compiled_region() -> None:
     assert compiled.backend_in_use == "cpu"
 
 
+def test_dynamo_does_not_look_into_log() -> None:
+    """It would compile again where figures and max_grad_norm change."""
+    optimizer = FusedAdamW(make_params(), max_grad_norm=0.5)
+    log = torch.compile(lambda: optimizer.log(), backend="eager")
+    torch._dynamo.utils.counters.clear()
+    for number in range(14):
+        optimizer.max_grad_norm = 0.5 + number
+        set_norm(optimizer, 0.1 + number)
+        optimizer.step()
+        assert log() == optimizer.log()
+    assert torch._dynamo.utils.counters["frames"]["total"] <= 2
+
+
 OPTIONS = {
     "max_grad_norm": 0.5,
     "clip_grad_value": 0.25,

@@ -174,7 +174,7 @@ def first_steps(cls=fusedopt.FusedAdamW, **options):
     optimizer = new(cls, **options)
     optimizer.step()
     optimizer.step()
-    norm = optimizer.grad_norm
+    norm = getattr(optimizer, "grad_norm", None)
     return head(optimizer.param_groups[0]["params"]), None if norm is None else norm.item()
 
 def densified():
