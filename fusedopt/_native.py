@@ -1,9 +1,10 @@
 """Loads the native extension and teaches it to read torch tensors.
 
 ``_C`` is the extension module, or None with the reason in ``missing``. torch is imported first, so
-that both share one OpenMP runtime. ``FUSEDOPT_TENSOR_ACCESS`` = direct, dlpack or python asks for
-one way of reading tensors (csrc/host/tensor_access.h says what they are); the default is the
-fastest that passes its check. An extension that can read no tensor counts as missing.
+that both share one OpenMP runtime (fusedopt/extension.py). ``FUSEDOPT_TENSOR_ACCESS`` = direct,
+dlpack or python asks for one way of reading tensors (csrc/host/tensor_access.h says what they are);
+the default is the fastest that passes its check. An extension that can read no tensor counts as
+missing.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from types import ModuleType
 
 import torch
 
+from fusedopt import extension
 from fusedopt.tensor_access import BY_READER, DEVICES, FAILURES, WAYS, check, describe
 
 __all__ = ["BY_READER", "DEVICES", "PLAIN_TYPES", "WAYS", "_C", "missing", "rejected_access"]
@@ -22,7 +24,7 @@ __all__ = ["BY_READER", "DEVICES", "PLAIN_TYPES", "WAYS", "_C", "missing", "reje
 _C: ModuleType | None
 missing = ""
 try:
-    from fusedopt import _C
+    _C = extension.load()
 except ImportError as error:
     _C = None
     missing = f"the native extension is not there ({error}); install fusedopt with a C++17 compiler"
