@@ -69,6 +69,13 @@ class OptionalBuildExt(build_ext):
         """Where the extension is, if it was built."""
         return Path(self.get_ext_fullpath(ext.name))
 
+    def copy_extensions_to_source(self) -> None:
+        """For an editable install; what an earlier one has left goes where nothing was built."""
+        super().copy_extensions_to_source()
+        for ext in self.extensions:
+            if not (Path(self.build_lib) / self.get_ext_filename(ext.name)).exists():
+                self.built(ext).unlink(missing_ok=True)
+
     def build_extension(self, ext) -> None:
         if PURE:
             ext.optional = True  # so that a missing file is not an error of the copy step
