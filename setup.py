@@ -1,7 +1,9 @@
 """Builds fusedopt._C, the native part of fusedopt. torch is never imported here.
 
 Without a C++ compiler the install still succeeds: the pure-PyTorch reference backend serves, and
-`python -m fusedopt` says what is missing. Set FUSEDOPT_REQUIRE_NATIVE=1 to make that an error.
+`python -m fusedopt` says what is missing. Set FUSEDOPT_REQUIRE_NATIVE=1 to make that an error. A
+wheel without the extension is tagged py3-none-any: it serves every platform. FUSEDOPT_PURE=1 asks
+for it where there is a compiler.
 
 Where nvcc is, the CUDA kernels are compiled into it, for the architectures of the GPUs of this
 machine, or without one for those of DEFAULT_ARCHS and, as PTX, for all that come later. The
@@ -11,7 +13,7 @@ Environment: FUSEDOPT_CUDA_ARCHS (such as "80 90", "9.0+PTX" or "sm_90a"; "nativ
 this machine and nothing else; "none" to build without CUDA), NVCC (its path),
 FUSEDOPT_REQUIRE_CUDA=1 (make a failing nvcc, or one that does not know an architecture, an error),
 CXX (compiler), FUSEDOPT_SANITIZE=address,undefined (instrumented build for `make sanitize`),
-FUSEDOPT_REQUIRE_NATIVE=1.
+FUSEDOPT_REQUIRE_NATIVE=1, FUSEDOPT_PURE=1.
 """
 
 import json
@@ -26,6 +28,7 @@ from pathlib import Path
 import pybind11
 from pybind11.setup_helpers import ParallelCompile, Pybind11Extension
 from setuptools import setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CCompilerError, ExecError, OptionError, PlatformError
 from setuptools.modified import newer_group
@@ -62,12 +65,27 @@ class OptionalBuildExt(build_ext):
     def run(self) -> None:
         self._or_notice(super().run)
 
+    def built(self, ext) -> Path:
+        """Where the extension is, if it was built."""
+        return Path(self.get_ext_fullpath(ext.name))
+
+    def copy_extensions_to_source(self) -> None:
+        """For an editable install; what an earlier one has left goes where nothing was built."""
+        super().copy_extensions_to_source()
+        for ext in self.extensions:
+            if not (Path(self.build_lib) / self.get_ext_filename(ext.name)).exists():
+                self.built(ext).unlink(missing_ok=True)
+
     def build_extension(self, ext) -> None:
+        if PURE:
+            ext.optional = True  # so that a missing file is not an error of the copy step
+            self.built(ext).unlink(missing_ok=True)
+            return
         self._add_flags(ext)
         self._add_cuda(ext)
         # What an earlier run has built, with other options, another compiler or of older sources,
         # must not be taken for the outcome of this one: not even where this one fails.
-        built = Path(self.get_ext_fullpath(ext.name))
+        built = self.built(ext)
         stamp = Path(self.build_temp) / f"{ext.name}.options"
         options = self._options(ext)
         known = stamp.read_text() if stamp.exists() else ""
@@ -109,11 +127,13 @@ class OptionalBuildExt(build_ext):
         # Apple's compiler has no OpenMP of its own: one thread there.
         if platform.system() == "Darwin":
             return
-        # With clang this links LLVM's runtime, which then runs beside libgomp, that of torch.
-        # libgomp cannot be linked instead: clang's code calls functions that it does not have.
         if self._accepts(["-fopenmp"], "#include <omp.h>", "omp_get_max_threads()"):
             ext.extra_compile_args += ["-fopenmp"]
-            ext.extra_link_args += ["-fopenmp"]
+            # g++'s code takes the libgomp that torch has loaded (fusedopt/extension.py), whose file
+            # name may hold a hash: linked to libgomp.so.1, it would run a second one beside it.
+            # clang's code calls functions that libgomp does not have: it has LLVM's runtime beside.
+            if not self._accepts(["-fopenmp"], "#ifdef __clang__\n#error\n#endif"):
+                ext.extra_link_args += ["-fopenmp"]
         else:
             notice(
                 "the compiler refuses -fopenmp, or its OpenMP runtime is missing: building without "
@@ -166,13 +186,30 @@ class OptionalBuildExt(build_ext):
             if os.environ.get("FUSEDOPT_REQUIRE_NATIVE") == "1":
                 raise
             for ext in self.extensions:
-                ext.optional = True  # so that a missing file is not an error of the copy step
+                ext.optional = True
             notice(
                 f"the native extension was not built: {error}\n"
                 "fusedopt: a C++17 compiler is missing or failed (Debian: apt install g++).\n"
                 "fusedopt: installing without it; the reference backend will serve."
             )
 
+
+class Wheel(bdist_wheel):
+    """bdist_wheel whose tag says whether there is an extension in the wheel."""
+
+    def run_command(self, command: str) -> None:
+        super().run_command(command)
+        if command != "build":
+            return
+        build = self.get_finalized_command("build_ext")
+        if not any(build.built(ext).exists() for ext in self.distribution.ext_modules):
+            self.distribution.ext_modules = []
+            self.root_is_pure = True
+
+
+PURE = os.environ.get("FUSEDOPT_PURE") == "1"
+if PURE and os.environ.get("FUSEDOPT_REQUIRE_NATIVE") == "1":
+    raise SystemExit("error: FUSEDOPT_PURE=1 and FUSEDOPT_REQUIRE_NATIVE=1 contradict each other")
 
 compile_args, link_args = compile_flags()
 extension = Pybind11Extension(
@@ -196,5 +233,5 @@ with ParallelCompile("FUSEDOPT_BUILD_JOBS", default=os.cpu_count() or 1):
         package_dir={"fusedopt.triton_kernels": "triton_kernels"},
         package_data={"fusedopt": ["py.typed", "*.pyi"]},
         ext_modules=[extension],
-        cmdclass={"build_ext": OptionalBuildExt},
+        cmdclass={"build_ext": OptionalBuildExt, "bdist_wheel": Wheel},
     )

@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
-import typer
+import sys
 
-from bench import clip, gpu_step, host, memory, plot, step, tables, train
+INTERRUPTED = 130  # as shells have it, and typer
+
+try:  # seconds, of which the import of torch is most
+    import typer
+
+    from bench import clip, gpu_step, host, memory, plot, step, tables, train
+except KeyboardInterrupt:
+    sys.exit(INTERRUPTED)
+except ModuleNotFoundError as error:
+    if error.name not in ("matplotlib", "numpy", "rich", "typer"):
+        raise
+    sys.exit(f"bench: {error}; the benchmarks need: pip install matplotlib numpy rich typer")
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Benchmarks of fusedopt.")
 app.command("step")(step.main)
@@ -17,4 +28,9 @@ app.command("plot")(plot.main)
 app.command("tables")(tables.main)
 
 if __name__ == "__main__":
-    app(prog_name="python -m bench")
+    try:
+        app(prog_name="python -m bench")
+    except SystemExit as end:
+        if end.code == INTERRUPTED:
+            print("interrupted: results are written at the end of a run alone", file=sys.stderr)
+        raise

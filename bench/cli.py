@@ -8,7 +8,7 @@ import torch
 import typer
 
 from bench.contestants import CONTESTANTS, HYPERPARAMETERS
-from bench.machine import RESULTS, ROOT
+from bench.machine import RUNS
 from bench.workloads import DTYPES, MIXED
 
 Names = list[str] | None  # None, not given, becomes all names in the callback of `choice`
@@ -48,19 +48,20 @@ Threads = Annotated[
 Output = Annotated[
     Path | None,
     typer.Option(
-        help="Results file. Default: bench/results/<name>.json, with --quick under runs/.",
+        help="Results file. Default: runs/<name>.json, or runs/<name>-quick.json.",
         show_default=False,
     ),
 ]
 
 
 def prepare(name: str, output: Path | None, threads: int | None, quick: bool) -> Path:
-    """Set the threads and return the results file. Quick figures never replace measured ones."""
+    """Set the threads and return the results file. What git tracks, bench/results, is written only
+    where --output says so, and quick figures never replace measured ones."""
     if threads is not None:
         torch.set_num_threads(threads)
     if output is not None:
         return output
-    return ROOT / "runs" / f"{name}-quick.json" if quick else RESULTS / f"{name}.json"
+    return RUNS / f"{name}{'-quick' if quick else ''}.json"
 
 
 def rounds_of(quick: bool, repeats: int | None, default: int) -> tuple[int, int]:

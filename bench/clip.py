@@ -5,7 +5,7 @@
 `clip_grad_norm_` of fusedopt, of torch with foreach and of torch's loop take turns in one process
 on the same gradients, whose norm is above the limit, so that each is read, and written. The floor
 is an in-place pass: two reads and a write of each gradient at its bandwidth. Results, all samples
-included, go to bench/results/clip-cpu.json.
+included, go to runs/clip-cpu.json.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from bench import cli
 from bench.goals import Row
 from bench.machine import cache_bytes, describe_run
 from bench.measure import FLOOR_BYTES, InPlacePass, Lane, Runner, interleave, quartiles
-from bench.report import console, optional, print_head, progress_bar, rows_of, write_results
+from bench.progress import progress_bar
+from bench.report import console, optional, print_head, print_written, rows_of, write_results
 from bench.workloads import MAX_NORM, InputSet, dtypes_of, sets_to_defeat_cache, step_workloads
 
 WORKLOADS = step_workloads()
@@ -113,4 +114,5 @@ def main(
                 del lanes  # its gigabytes, before the next workload takes its own
     write_results(path, {**run, "rows": rows})
     print_rows(rows)
+    print_written(path)
     sys.exit(0)

@@ -9,12 +9,14 @@ import math
 import re
 import textwrap
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch.nn.utils import clip_grad_norm_
 
+from bench.quiet import quiet
 from bench.workloads import MAX_NORM, InputSet, Workload, dtypes_of
 
 HYPERPARAMETERS: dict[str, dict[str, Any]] = {
@@ -42,6 +44,10 @@ class Contestant:
     def load(self, optimizer: str) -> type[torch.optim.Optimizer]:
         """The class for "adamw" or "sgd". Raises what the import raises."""
         return getattr(importlib.import_module(self.module), self.classes[optimizer])
+
+    def hushed(self) -> AbstractContextManager[None]:
+        """Around its import and its first step: what others print is discarded."""
+        return nullcontext() if self.module == SUBJECT else quiet()
 
     def clip_kind(self, clip: bool) -> str:
         """The word of workloads.bytes_per_param for how this contestant clips."""
@@ -232,9 +238,10 @@ def present_and_absent(
             absent.append({"contestant": contestant.name, "reason": reason})
             continue
         try:
-            for optimizer in optimizers:
-                if optimizer in contestant.classes:
-                    contestant.load(optimizer)
+            with contestant.hushed():
+                for optimizer in optimizers:
+                    if optimizer in contestant.classes:
+                        contestant.load(optimizer)
         except Exception as error:  # an import may fail in any way
             absent.append({"contestant": contestant.name, "reason": reason_of(error)})
         else:
@@ -261,7 +268,8 @@ def admit(
     for clip in (False, True):
         for contestant in list(able):
             try:
-                error = step_error(contestant, optimizer, dtype, clip, device)
+                with contestant.hushed():
+                    error = step_error(contestant, optimizer, dtype, clip, device)
             except Exception as failure:
                 case = f"{optimizer} {dtype}{', clip' if clip else ''}"
                 reason = f"{case}: {reason_of(failure)}"

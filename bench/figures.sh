@@ -23,10 +23,10 @@ bench step --workload sweep "${adamw[@]}" "${torch[@]}" --repeats 11 --output $r
 # As on a CPU without AVX2 and FMA.
 FUSEDOPT_CPU_LEVEL=baseline ATEN_CPU_CAPABILITY=default bench step "${sizes[@]}" --dtype float32 \
   "${pair[@]}" --repeats 7 --output $results/step-cpu-baseline.json
-bench clip --repeats 11
-bench host "${adamw[@]}" "${torch[@]}"
+bench clip --repeats 11 --output $results/clip-cpu.json
+bench host "${adamw[@]}" "${torch[@]}" --output $results/host-cpu.json
 bench host "${adamw[@]}" --repeats 31 --output $results/host-cpu-peers.json
-bench memory --optimizer adamw
-bench train
-bench plot
-bench tables
+bench memory --optimizer adamw --output $results/memory-cpu.json
+bench train --output $results/train-cpu.json
+bench plot --out docs/figures
+bench tables --write

@@ -92,8 +92,8 @@ fi
 # Files that take long, and those that say nothing about this machine. The others that need a
 # module that is not here are skipped one by one.
 ignored=(--ignore=tests/test_gpu.py --ignore=tests/test_gpu_devices.py)
-for name in cuda_emulator package train_gpt bench bench_measure gpu_check triton triton_launch \
-  triton_tune triton_float64; do
+for name in cuda_emulator package wheel train_gpt bench bench_measure bench_quiet gpu_check triton \
+  triton_launch triton_tune triton_float64; do
   ignored+=("--ignore=tests/test_$name.py")
 done
 for module in hypothesis expecttest; do

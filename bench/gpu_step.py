@@ -8,7 +8,7 @@ sample is several steps back to back between two CUDA events; the host's time in
 kept beside it. In each round a copy of 1 GiB is timed too: its bandwidth, reads plus writes, is
 the floor that a step is measured against. The tensors of the small workloads stay in the L2 cache,
 for all contestants: what those measure is the host and the launches.
-Results, all samples included, go to bench/results/step-gpu.json.
+Results, all samples included, go to runs/step-gpu.json.
 """
 
 import gc
@@ -35,6 +35,7 @@ from bench.goals import GPU_GOALS, Row, evaluate
 from bench.gpu import COPY_BYTES, DeviceCopy, DeviceRunner
 from bench.machine import describe_run
 from bench.measure import Lane, interleave, paired_ratio, quartiles
+from bench.progress import progress_bar
 from bench.report import (
     console,
     mark,
@@ -42,8 +43,8 @@ from bench.report import (
     partner,
     print_absent,
     print_goals,
+    print_written,
     print_wrong,
-    progress_bar,
     rows_of,
     write_results,
 )
@@ -258,11 +259,12 @@ def main(
         sys.exit(1)
     path = cli.prepare("step-gpu", output, None, quick)
     repeats, warmup = cli.rounds_of(quick, repeats, default=15)
-    present, absent = present_and_absent(contestant, optimizer, gpu.DEVICE)
+    present, missing = present_and_absent(contestant, optimizer, gpu.DEVICE)
     options = {"quick": quick, "repeats": repeats, "warmup_rounds": warmup, "workload": workload}
     options |= {"dtype": dtype, "optimizer": optimizer, "contestant": contestant}
     run = describe_run(options)
-    print_absent(absent)
+    print_absent(missing)
+    absent = [*missing]
     copy = DeviceCopy()
     rows: list[Row] = []
     floors: list[dict[str, Any]] = []
@@ -296,6 +298,7 @@ def main(
     write_results(path, {**run, **tables})
     print_rows(rows, floors)
     print_wrong(rows)
-    print_absent(absent)
+    print_absent(absent[len(missing) :])
     print_goals(goals, "the GPU")
+    print_written(path)
     sys.exit(0 if rows else 1)

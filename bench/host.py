@@ -10,7 +10,7 @@ step, as under a scheduler). What a variant prepares is not timed.
 All contestants, group counts and variants take turns in one process. The first step of a turn,
 which finds its tensors out of the caches as after a forward and backward, is kept as `cold`; when
 steps have run for 2 ms, the next one is the sample.
-Results, all samples included, go to bench/results/host-cpu.json.
+Results, all samples included, go to runs/host-cpu.json.
 """
 
 import itertools
@@ -31,6 +31,7 @@ from bench.contestants import (
 from bench.goals import Row, evaluate
 from bench.machine import describe_run
 from bench.measure import Lane, Runner, interleave, paired_ratio
+from bench.progress import progress_bar
 from bench.report import (
     console,
     mark,
@@ -39,8 +40,8 @@ from bench.report import (
     print_absent,
     print_goals,
     print_head,
+    print_written,
     print_wrong,
-    progress_bar,
     rows_of,
     write_results,
 )
@@ -129,33 +130,26 @@ def rows_with_ratios(lanes: list[Lane]) -> list[Row]:
 
 
 def print_rows(rows: list[Row]) -> None:
-    """A table for each dtype, optimizer and clip: microseconds a step, a line for each contestant,
-    a column for each variant and number of groups."""
-    blocks: dict[tuple, dict[str, dict[tuple, Row]]] = {}
+    """A table for each dtype, optimizer and clip: microseconds a step, a line for each variant and
+    contestant, a column for each number of groups."""
+    blocks: dict[tuple, dict[tuple, dict[int, Row]]] = {}
     for row in rows:
         block = blocks.setdefault((row["dtype"], row["optimizer"], row["clip"]), {})
-        block.setdefault(row["contestant"], {})[row["variant"], row["groups"]] = row
+        block.setdefault((row["variant"], row["contestant"]), {})[row["groups"]] = row
     for (dtype, optimizer, clip), lines in blocks.items():
-        cases = list(dict.fromkeys(case for cells in lines.values() for case in cells))
-        heads = [f"{variant} {groups}" for variant, groups in cases]
+        counts = list(dict.fromkeys(count for cells in lines.values() for count in cells))
+        heads = [f"{count} groups" if count > 1 else "1 group" for count in counts]
+        tensors = next(iter(next(iter(lines.values())).values()))["tensors"]
         name = f"{dtype} {optimizer}{', clip' if clip else ''}"
-        count = next(iter(next(iter(lines.values())).values()))["tensors"]
-        title = f"{count} tiny tensors, {name}: us a step by variant and param groups"
-        table = Table(
-            Column("contestant", no_wrap=True),
-            *heads,
-            f"{heads[0]}, cold",
-            "torch fused / it",
-            title=title,
-        )
-        for kind, cells in lines.items():
-            times = [
-                f"{cells[case]['median_s'] * 1e6:.0f}" if case in cells else "-" for case in cases
-            ]
+        title = f"{tensors} tiny tensors, {name}: us a step"
+        columns = [*heads, f"{heads[0]}, cold", "torch fused / it"]
+        table = Table("variant", Column("contestant", no_wrap=True), *columns, title=title)
+        for (variant, kind), cells in lines.items():
+            times = [f"{cells[n]['median_s'] * 1e6:.0f}" if n in cells else "-" for n in counts]
             first = next(iter(cells.values()))
             figures = [f"{first['cold_median_s'] * 1e6:.0f}"]
             figures.append(optional(first["ratio_vs_torch_fused"], "{:.2f}"))
-            table.add_row(kind + mark(first), *times, *figures)
+            table.add_row(variant, kind + mark(first), *times, *figures)
         console.print(table)
 
 
@@ -173,7 +167,7 @@ def main(
     """Host time of one optimizer step on the CPU: fusedopt against torch.optim."""
     path = cli.prepare("host-cpu", output, threads, quick)
     repeats, warmup = cli.rounds_of(quick, repeats, default=51)
-    present, absent = present_and_absent(contestant, optimizer, quick=quick)
+    present, missing = present_and_absent(contestant, optimizer, quick=quick)
     options = {"quick": quick, "repeats": repeats, "warmup_rounds": warmup, "workload": workload}
     options |= {
         "variant": variant,
@@ -182,7 +176,8 @@ def main(
         "contestant": contestant,
     }
     run = describe_run(options)
-    print_head(run, absent)
+    print_head(run, missing)
+    absent = [*missing]
     rows: list[Row] = []
     with progress_bar() as progress:
         for dtype_name, optimizer_name in itertools.product(dtype, optimizer):
@@ -204,6 +199,7 @@ def main(
     write_results(path, {**run, "absent": absent, "rows": rows, "goals": goals})
     print_rows(rows)
     print_wrong(rows)
-    print_absent(absent)
+    print_absent(absent[len(missing) :])
     print_goals(goals)
+    print_written(path)
     sys.exit(0 if rows else 1)

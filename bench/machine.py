@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "bench" / "results"
+RESULTS = ROOT / "bench" / "results"  # those that the documents quote; git tracks them
+RUNS = ROOT / "runs"  # whatever anyone measures; git ignores it
 
 
 def read(path: str) -> str:

@@ -4,7 +4,7 @@
 
 On a CPU the peak of the process's resident memory is reset through /proc before a step and read
 after it (Linux alone has that); pages that were touched before are not seen again, so each
-contestant steps in a process of its own. Results go to bench/results/memory-cpu.json.
+contestant steps in a process of its own. Results go to runs/memory-cpu.json.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from bench import cli
 from bench.contestants import CONTESTANTS, present_and_absent, reason_of
 from bench.goals import Row
 from bench.machine import ROOT, describe_run
-from bench.report import console, print_absent, progress_bar, write_results
+from bench.progress import progress_bar
+from bench.report import console, print_absent, print_written, write_results
 from bench.workloads import InputSet, Workload, dtypes_of
 
 MIB = 1 << 20
@@ -77,7 +78,8 @@ def measured_apart(contestant: str, optimizer: str, dtype: str, clip: bool, quic
     code = f"from bench import memory; print(memory.extra_bytes(*{arguments!r}))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     if done.returncode != 0:
-        raise RuntimeError(done.stderr.strip().splitlines()[-1])
+        lines = done.stderr.strip().splitlines()
+        raise RuntimeError(lines[-1] if lines else f"exit code {done.returncode}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -139,4 +141,5 @@ def main(
     write_results(path, {**run, "absent": absent, "rows": rows})
     print_rows(rows)
     print_absent(absent)
+    print_written(path)
     sys.exit(0 if rows else 1)

@@ -1,9 +1,10 @@
 """Pictures of the results: speed by workload, time against bytes, time against tensors and groups.
 
-    python -m bench plot [--results bench/results] [--out docs/figures]
+    python -m bench plot [--results runs] [--out docs/figures]
 
 Every picture is made from the JSON files of a folder alone; one whose file is missing is left out
-and said so.
+and said so. Without --results that folder is bench/results, without --out the pictures go to
+runs/figures: those of the documents are written by bench/figures.sh.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from matplotlib.figure import Figure
 
 from bench.contestants import ERROR_LIMIT, SUBJECT
 from bench.goals import Row
-from bench.machine import RESULTS, ROOT
-from bench.report import console
+from bench.machine import RESULTS, RUNS
+from bench.report import print_written, say
 
 # Okabe and Ito's colours, which the colour-blind tell apart; each with a marker of its own.
 STYLES = {
@@ -43,7 +44,6 @@ def load(folder: Path, name: str) -> dict[str, Any] | None:
     """A results file, or None where there is none."""
     path = folder / name
     if not path.exists():
-        console.print(f"no {name}: its pictures are left out")
         return None
     data: dict[str, Any] = json.loads(path.read_text())
     return data
@@ -199,17 +199,28 @@ PICTURES: dict[str, tuple[str, Callable[[dict[str, Any]], Figure]]] = {
 
 
 def main(
-    results: Annotated[Path, typer.Option(help="Folder with results files.")] = RESULTS,
-    out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = ROOT / "docs/figures",
+    results: Annotated[
+        Path, typer.Option(help="Folder with results files.", show_default="bench/results")
+    ] = RESULTS,
+    out: Annotated[
+        Path, typer.Option(help="Folder for the pictures.", show_default="runs/figures")
+    ] = RUNS / "figures",
 ) -> None:
     """Pictures of the results, as PNG."""
+    found = {source: load(results, source) for source, _ in PICTURES.values()}
+    absent = [source for source, data in found.items() if data is None]
+    if len(absent) == len(found):
+        raise typer.BadParameter(f"{results} has none of {', '.join(absent)}")
     out.mkdir(parents=True, exist_ok=True)
     for name, (source, draw) in PICTURES.items():
-        data = load(results, source)
+        data = found[source]
         if data is None:
             continue
         figure = draw(data)
         figure.supxlabel(subtitle(data), fontsize=8, color="#444444")
         figure.savefig(out / f"{name}.png", dpi=130)
         plt.close(figure)
-        console.print(f"written: {name}.png")
+        print_written(out / f"{name}.png")
+    for source in absent:
+        left = ", ".join(name for name, (file, _) in PICTURES.items() if file == source)
+        say(f"no {source}: left out {left}")

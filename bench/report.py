@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from bench.contestants import BASELINE, ERROR_LIMIT, SUBJECT
 from bench.goals import FIGURES, RATIO, Row
+from bench.machine import ROOT
 from bench.measure import Lane, paired_ratio, quartiles
 
 QUIET = 0.5  # load average above which somebody else was at work
@@ -20,11 +20,9 @@ QUIET = 0.5  # load average above which somebody else was at work
 console = Console(width=None if sys.stdout.isatty() else 120)
 
 
-def progress_bar() -> Progress:
-    """A bar on stderr that is redrawn between rounds only: a thread that redraws it would take
-    the interpreter lock in the middle of a timed step."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    return Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True), auto_refresh=False)
+def say(text: str) -> None:
+    """Text as it is, on one line where there is no terminal."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def rows_of(
@@ -84,19 +82,28 @@ def print_head(run: dict[str, Any], absent: Sequence[dict[str, str]]) -> None:
     print_absent(absent)
     load = run["machine"]["load_average"]
     if load > QUIET:
-        console.print(f"load average {load}: others use this machine, so trust ratios at most")
+        say(f"load average {load}: others use this machine, so trust ratios at most")
 
 
 def print_absent(absent: Sequence[dict[str, str]]) -> None:
-    """Contestants that took no part, and why."""
+    """Contestants that took no part, or not in all blocks: a line for each, with all reasons."""
+    reasons: dict[str, list[str]] = {}
     for entry in unique(absent):
-        console.print(f"absent: {entry['contestant']}: {entry['reason']}", markup=False)
+        reasons.setdefault(entry["contestant"], []).append(entry["reason"])
+    for contestant, found in reasons.items():
+        say(f"absent: {contestant}: {'; '.join(found)}")
+
+
+def print_written(path: Path) -> None:
+    """Where results, pictures or tables are: below this repository, or as it was given."""
+    shown = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
+    say(f"written: {shown}")
 
 
 def print_skipped(skipped: Sequence[dict[str, str]]) -> None:
     """Workloads that this machine is too small for."""
     for entry in skipped:
-        console.print(f"skipped: {entry['workload']}: {entry['reason']}", markup=False)
+        say(f"skipped: {entry['workload']}: {entry['reason']}")
 
 
 def print_wrong(rows: Sequence[Row]) -> None:
@@ -107,17 +114,16 @@ def print_wrong(rows: Sequence[Row]) -> None:
         if not row["step_error"] <= ERROR_LIMIT
     }
     for (contestant, optimizer, dtype), error in wrong.items():
-        console.print(
+        say(
             f"inexact: {contestant} {optimizer} {dtype} ends {error:.0f} roundings from float64,"
-            f" more than {ERROR_LIMIT:.0f}: its times (marked !) are those of another result",
-            markup=False,
+            f" more than {ERROR_LIMIT:.0f}: its times (marked !) are those of another result"
         )
 
 
 def print_goals(goals: Sequence[dict[str, Any]], where: str = "the CPU") -> None:
     """The goals whose rows were measured."""
     if not goals:
-        console.print("No goal was judged: none of their rows is in this run.")
+        say("No goal was judged: none of their rows is in this run.")
         return
     table = Table("goal", "measured", "met", title=f"Goals of {SUBJECT} on {where}")
     for goal in goals:

@@ -4,7 +4,7 @@
 
 All contestants of a workload take turns in one process, on the same params, grads and moments. In
 each round an in-place pass over 268 MB is timed too: its bandwidth is the floor that a step is
-measured against. Results, all samples included, go to bench/results/step-cpu.json.
+measured against. Results, all samples included, go to runs/step-cpu.json.
 """
 
 import gc
@@ -37,6 +37,7 @@ from bench.measure import (
     operators_of,
     quartiles,
 )
+from bench.progress import progress_bar
 from bench.report import (
     console,
     mark,
@@ -45,8 +46,8 @@ from bench.report import (
     print_goals,
     print_head,
     print_skipped,
+    print_written,
     print_wrong,
-    progress_bar,
     rows_of,
     write_results,
 )
@@ -210,11 +211,12 @@ def main(
     path = cli.prepare("step-cpu", output, threads, quick)
     repeats, warmup = cli.rounds_of(quick, repeats, default=21)
     workload = [name for given in workload for name in SUITES.get(given, [given])]
-    present, absent = present_and_absent(contestant, optimizer, quick=quick)
+    present, missing = present_and_absent(contestant, optimizer, quick=quick)
     options = {"quick": quick, "repeats": repeats, "warmup_rounds": warmup, "workload": workload}
     options |= {"dtype": dtype, "optimizer": optimizer, "contestant": contestant}
     run = describe_run(options)
-    print_head(run, absent)
+    print_head(run, missing)
+    absent = [*missing]
     in_place = InPlacePass()
     rows: list[Row] = []
     floors: list[dict[str, Any]] = []
@@ -252,7 +254,8 @@ def main(
     write_results(path, {**run, "peak_memory_gib": round(peak, 2), **tables})
     print_rows(rows, floors)
     print_wrong(rows)
-    print_absent(absent)
+    print_absent(absent[len(missing) :])
     print_skipped(skipped)
     print_goals(goals)
+    print_written(path)
     sys.exit(0 if rows else 1)

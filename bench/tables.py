@@ -1,20 +1,23 @@
-"""Writes the tables of measured figures into README.md and docs/performance.md.
+"""The tables of measured figures in README.md and docs/performance.md.
 
-    python -m bench tables
+    python -m bench tables [--write]
 
-Each stands between two comments and is made from the JSON files of bench/results alone.
+Each stands between two comments and is made from the JSON files of bench/results alone. They are
+printed; --write puts them into the documents.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from bench.contestants import BASELINE, ERROR_LIMIT, SUBJECT
 from bench.goals import FIGURES, Row
 from bench.machine import RESULTS, ROOT
-from bench.report import console
+from bench.report import print_written, say
 
 WORKLOADS = {"16x4096x1024": "16 x (4096 x 1024)", "1000x64x64": "1,000 x (64 x 64)"}
 OPTIMIZERS = {"adamw": "AdamW", "sgd": "SGD, momentum"}
@@ -202,9 +205,18 @@ def updated(document: str, text: str) -> str:
     return text
 
 
-def main() -> None:
+def main(
+    write: Annotated[
+        bool, typer.Option("--write", help="Replace the tables in the documents.")
+    ] = False,
+) -> None:
     """Tables of README.md and docs/performance.md, from bench/results."""
-    for document in BLOCKS:
+    for document, blocks in BLOCKS.items():
         path = ROOT / document
-        path.write_text(updated(document, path.read_text()))
-        console.print(f"written: {document}")
+        if write:
+            path.write_text(updated(document, path.read_text()))
+            print_written(path)
+            continue
+        for name, make in blocks.items():
+            say(f"{document}, {name}:\n")
+            say("\n".join(make()))

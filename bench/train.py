@@ -5,7 +5,7 @@
 The model of examples/train_gpt.py is trained twice from the same weights on the same batches, with
 torch.optim.AdamW(fused=True) and clip_grad_norm_, and with FusedAdamW(max_grad_norm). Both take
 turns in one process, a step each. Results, all samples included, go to
-bench/results/train-<device>.json.
+runs/train-<device>.json.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from bench.contestants import BASELINE, SUBJECT
 from bench.goals import Row
 from bench.machine import ROOT, describe_run
 from bench.measure import paired_ratio, quartiles
-from bench.report import console, print_head, progress_bar, write_results
+from bench.progress import progress_bar
+from bench.report import console, print_head, print_written, write_results
 from bench.workloads import DTYPES
 
 sys.path.append(str(ROOT / "examples"))  # as its modules find each other
@@ -122,4 +123,5 @@ def main(
                 rows += measure(size_name, dtype_name, device, repeats, warmup, progress)
     write_results(path, {**run, "rows": rows})
     print_rows(rows)
+    print_written(path)
     sys.exit(0)

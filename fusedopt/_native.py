@@ -1,7 +1,7 @@
 """Loads the native extension and teaches it to read torch tensors.
 
 ``_C`` is the extension module, or None with the reason in ``missing`` and what to do about it in
-``remedy``. torch is imported first, so that both share one OpenMP runtime.
+``remedy``. torch is imported first, so that both share one OpenMP runtime (fusedopt/extension.py).
 ``FUSEDOPT_TENSOR_ACCESS`` = direct, dlpack or python asks for one way of reading tensors
 (csrc/host/tensor_access.h says what they are); the default is the fastest that passes its check. An
 extension that can read no tensor counts as missing.
@@ -9,14 +9,13 @@ extension that can read no tensor counts as missing.
 
 from __future__ import annotations
 
-import importlib
 import os
 from collections.abc import Callable
 from types import ModuleType
 
 import torch
 
-from fusedopt.extension import explain
+from fusedopt import extension
 from fusedopt.tensor_access import BY_READER, DEVICES, FAILURES, WAYS, check, describe
 
 __all__ = [
@@ -33,10 +32,10 @@ __all__ = [
 _C: ModuleType | None
 missing = remedy = ""
 try:
-    _C = importlib.import_module("fusedopt._C")
+    _C = extension.load()
 except ImportError as error:
     _C = None
-    missing, remedy = explain(error)
+    missing, remedy = extension.explain(error)
 
 PLAIN_TYPES: tuple[type, ...] = (torch.Tensor, torch.nn.Parameter) + (
     (torch.nn.Buffer,) if isinstance(getattr(torch.nn, "Buffer", None), type) else ()

