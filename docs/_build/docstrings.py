@@ -16,7 +16,7 @@ _FORMULA = re.compile(r"^\.\. math::\n((?:[ ]+.*\n|\n)+)", re.M)
 
 def _mathml(match: re.Match[str]) -> str:
     latex = textwrap.dedent(match[1]).strip()
-    html = convert(f"\\begin{{aligned}}{latex}\\end{{aligned}}", display="block")
+    html = convert(f"\\begin{{align*}}{latex}\\end{{align*}}", display="block")
     return f'<div class="formula">{html}</div>\n\n'
 
 
@@ -25,7 +25,7 @@ class Docstrings(griffe.Extension):
     has the signature that it states (`__signature__`): reading the source shows neither. Markdown
     knows no `.. math::`."""
 
-    def on_class_instance(self, *, cls: griffe.Class, **kwargs: Any) -> None:
+    def on_class_members(self, *, cls: griffe.Class, **kwargs: Any) -> None:
         if cls.docstring is None and "__doc__" in cls.members:
             module = importlib.import_module(cls.module.path)
             text = inspect.getdoc(getattr(module, cls.name))
