@@ -116,8 +116,8 @@ def readme_figures() -> list[str]:
         "",
         *table(["Tensors", "Clip", "fusedopt", "torch `fused=True`", "Times as fast"], rows),
         "",
-        "[docs/performance.md](docs/performance.md) has the machine, SGD, bfloat16, other libraries,",
-        "models, memory and training.",
+        "[docs/performance.md](docs/performance.md) has the machine, SGD, bfloat16, other",
+        "libraries, models, memory and training.",
         "",
     ]
 

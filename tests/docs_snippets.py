@@ -3,7 +3,8 @@
     python tests/docs_snippets.py PAGE          # in an empty folder
 
 All `python` fences of a page run in order, in one namespace. Of a `diff` fence the old side runs,
-then the new one, each behind the comment in front of it, if there is one. HTML comments, which readers do not see, say what a fence cannot:
+then the new one, each behind the comment in front of it, if there is one. HTML comments, which
+readers do not see, say what a fence cannot:
 
     <!-- python ... -->         code that runs in this place: a model, data, a check of a result
     <!-- file: NAME -->         the next fence is written to a file of this name

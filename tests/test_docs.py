@@ -205,7 +205,8 @@ def test_a_broken_snippet_is_found_with_its_line(tmp_path: Path) -> None:
 
     broken = run(BROKEN)
     assert broken.returncode == 1
-    assert 'page.md", line 16' in broken.stderr and "has no attribute 'upper'" in broken.stderr
+    assert 'page.md", line 16' in broken.stderr
+    assert "has no attribute 'upper'" in broken.stderr
     mended = run(BROKEN.replace("value.upper()", "value + 1"))
     assert mended.returncode == 0, mended.stderr
     assert json.loads((tmp_path / "snippets.json").read_text()) == [4, 8, 12, 16]
