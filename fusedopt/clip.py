@@ -131,6 +131,9 @@ def clip_grad_norm_(
 
     Returns:
         The total norm before clipping, a 0-dim tensor as `get_total_norm` gives.
+
+    Raises:
+        RuntimeError: a non-finite norm with error_if_nonfinite=True.
     """
     params = [parameters] if isinstance(parameters, Tensor) else list(parameters)
     grads = _gradients(params)

@@ -55,6 +55,9 @@ def fuse(optimizer: Optimizer, **options: Any) -> FusedOptimizer:
         options: keyword options of the fused class, such as max_grad_norm. A hyperparameter, such
             as lr, replaces the value in every group.
 
+    Returns:
+        A FusedAdamW, FusedAdam or FusedSGD.
+
     Raises:
         TypeError: for an optimizer of another class; for one whose step(), or another method that
             the fused one would not run, is its own; for an option that the fused class has not.
