@@ -1,8 +1,9 @@
 """For the Trainer of Hugging Face transformers: one pass clips, steps and measures the norm.
 
->>> class Trainer(FusedClippingMixin, transformers.Trainer):
-...     pass
->>> trainer = Trainer(model, args, optimizer_cls_and_kwargs=optimizer_cls_and_kwargs(args))
+Examples:
+    >>> class Trainer(FusedClippingMixin, transformers.Trainer):
+    ...     pass
+    >>> trainer = Trainer(model, args, optimizer_cls_and_kwargs=optimizer_cls_and_kwargs(args))
 """
 
 from __future__ import annotations
