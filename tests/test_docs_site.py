@@ -16,7 +16,17 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").r
 FOLDERS = ("bench", "csrc", "docs", "examples", "fusedopt", "tests", "triton_kernels", ".ci")
 KINDS = {"", ".py", ".pyi", ".toml", ".yml", ".sh", ".h", ".cpp", ".cu", ".cuh"}
 # Of the process, and read by no one here.
-OF_THE_SHELL = {"PWD", "CURDIR", "SECONDS", "BASH_SOURCE", "PATH", "PYTHONPATH", "HOME"}
+OF_THE_SHELL = {
+    "PWD",
+    "CURDIR",
+    "SECONDS",
+    "BASH_SOURCE",
+    "PATH",
+    "MAKE",
+    "MAKEFLAGS",
+    "PYTHONPATH",
+    "HOME",
+}
 
 
 def sources() -> dict[str, str]:
