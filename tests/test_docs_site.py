@@ -190,6 +190,12 @@ def test_the_site_fetches_nothing(site: Path) -> None:
         assert not re.search(r"url\([\"']?(?:https?:)?//|@import", sheet.read_text()), sheet
 
 
+def test_no_line_became_a_quotation(site: Path) -> None:
+    """One that begins with ">=", or ">>>" outside of a section of examples."""
+    for page in site.rglob("*.html"):
+        assert "<blockquote>" not in page.read_text(), page.name
+
+
 def test_the_api_is_complete(site: Path) -> None:
     """What the package and its integrations offer, with the text of every option and formulas."""
     import fusedopt
@@ -206,5 +212,5 @@ def test_the_api_is_complete(site: Path) -> None:
         for word in ("max_grad_norm", "skip_nonfinite", "process_group", "FUSEDOPT_BACKEND"):
             assert word in section.partition("Parameters:")[2], f"{name}: {word}"
         assert "<mtable" in section, name  # its formula
-    for left_over in (".. math", "&amp;=", "<blockquote>"):
+    for left_over in (".. math", "&amp;="):
         assert left_over not in everything
