@@ -35,7 +35,8 @@ class Docstrings(griffe.Extension):
             cls.docstring.value = _FORMULA.sub(_mathml, cls.docstring.value)
 
     def on_function_instance(self, *, func: griffe.Function, **kwargs: Any) -> None:
-        if func.path == "fusedopt.optimizer.FusedOptimizer.step":
+        anything = any(p.kind is griffe.ParameterKind.var_positional for p in func.parameters)
+        if func.path == "fusedopt.optimizer.FusedOptimizer.step" and anything:
             step: Any = importlib.import_module("fusedopt").FusedOptimizer.step
             parameters = inspect.signature(step).parameters.values()
             func.parameters = griffe.Parameters(*map(_parameter, parameters))
