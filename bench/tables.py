@@ -76,7 +76,7 @@ def step_table(data: dict[str, Any]) -> list[str]:
 
 
 def host_table(data: dict[str, Any]) -> list[str]:
-    """Host time beside torch's fused step."""
+    """Host time of each number of groups beside torch's fused step."""
     return table(
         ["Param groups", "Clip", "fusedopt", "fusedopt, cold", "torch `fused=True`", "Ratio"],
         [
@@ -95,8 +95,39 @@ def host_table(data: dict[str, Any]) -> list[str]:
 
 
 def readme_figures() -> list[str]:
-    """What a visitor reads first."""
+    """What a visitor reads first: AdamW in float32, and a step in which almost all is host time."""
     step, host = load("step-cpu.json"), load("host-cpu.json")
+    found = [(WORKLOADS[ours["workload"]], ours, theirs) for ours, theirs in pairs(step["rows"])]
+    found += [
+        ("300 x 16", ours, theirs)
+        for ours, theirs in pairs(host["rows"])
+        if ours["variant"] == "steady" and ours["groups"] == 1
+    ]
+    rows = [
+        [
+            tensors,
+            yes(ours["clip"]),
+            f"{ours['median_s'] * 1e3:.2f} ms",
+            f"{theirs['median_s'] * 1e3:.2f} ms",
+            f"{ours['ratio_vs_torch_fused']:.3g}",
+        ]
+        for tensors, ours, theirs in found
+        if (ours["optimizer"], ours["dtype"]) == ("adamw", "float32")
+    ]
+    return [
+        f"A step of AdamW in float32 on {step['machine']['threads']} threads of a CPU:",
+        "",
+        *table(["Tensors", "Clip", "fusedopt", "torch `fused=True`", "Times as fast"], rows),
+        "",
+        "[docs/performance.md](docs/performance.md) has the machine, SGD, bfloat16, other",
+        "libraries, models, memory and training.",
+        "",
+    ]
+
+
+def step_figures() -> list[str]:
+    """Every step beside torch's fused one."""
+    step = load("step-cpu.json")
     machine = step["machine"]
     return [
         f"{machine['threads']} threads of a shared virtual machine ({machine['cpu']}, "
@@ -110,11 +141,10 @@ def readme_figures() -> list[str]:
         "300 tensors of 16 elements, AdamW float32: a step in which almost all is host time. Cold",
         "is the first step after another contestant's, whose objects have taken the cache.",
         "",
-        *host_table(host),
+        *host_table(load("host-cpu.json")),
         "",
         "From `bench/results/step-cpu.json` and `bench/results/host-cpu.json`, which hold all",
-        "samples, the versions and the commit. [docs/performance.md](docs/performance.md) has the",
-        "other libraries, models, memory and training.",
+        "samples, the versions and the commit.",
         "",
     ]
 
@@ -188,6 +218,7 @@ def train_table() -> list[str]:
 BLOCKS: dict[str, dict[str, Callable[[], list[str]]]] = {
     "README.md": {"figures": readme_figures},
     "docs/performance.md": {
+        "steps": step_figures,
         "goals": goal_table,
         "peers": peer_tables,
         "memory": memory_table,

@@ -1,7 +1,8 @@
 """Fused optimizers for PyTorch: one step, one pass over memory.
 
->>> import fusedopt
->>> optimizer = fusedopt.FusedAdamW(model.parameters(), lr=3e-4, max_grad_norm=1.0)
+Examples:
+    >>> import fusedopt
+    >>> optimizer = fusedopt.FusedAdamW(model.parameters(), lr=3e-4, max_grad_norm=1.0)
 """
 
 from importlib.metadata import PackageNotFoundError, version

@@ -136,7 +136,9 @@ def clip_grad_norm_(
     Args:
         parameters: a tensor or an iterable of them; those without a gradient are left out.
         max_norm: the largest total norm that is left as it is, >= 0.
-        norm_type, error_if_nonfinite, foreach: as in `get_total_norm`.
+        norm_type: order of the norm.
+        error_if_nonfinite: raise where the norm is NaN or infinite, before anything is written.
+        foreach: handed to torch where torch computes the norm.
 
     Returns:
         The total norm before clipping, a 0-dim tensor as `get_total_norm` gives.

@@ -22,6 +22,9 @@ def convert_state_dict(state_dict: dict[str, Any]) -> dict[str, Any]:
         state_dict: what the other optimizer's state_dict() gave. It is not changed; tensors are
             shared with the result.
 
+    Returns:
+        The same in the layout of torch.optim, for `load_state_dict`.
+
     Raises:
         ValueError: moments in 8 bits or with scales, or a group without bias correction: no
             optimizer of fusedopt goes on from them; a dict that is no optimizer's state_dict.

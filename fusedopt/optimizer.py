@@ -32,7 +32,9 @@ from fusedopt import (
 from fusedopt.rule import Rule, hyper_keys
 
 options_doc = """        maximize: maximize the objective.
-        capturable, foreach, fused: accepted for drop-in use and without effect.
+        capturable: accepted for drop-in use and without effect.
+        foreach: the same.
+        fused: the same.
         differentiable: accepted for drop-in use; True raises RuntimeError.
         max_grad_norm: clip the gradients of all groups together to this L2 norm, as
             torch.nn.utils.clip_grad_norm_ before the step, but in registers: `.grad` is never

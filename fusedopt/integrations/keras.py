@@ -1,6 +1,8 @@
 """For Keras 3 on its torch backend, whose compile() takes no torch optimizer.
 
->>> model.compile(optimizer=fusedopt.integrations.keras.FusedAdamW(1e-3, global_clipnorm=1.0), ...)
+Examples:
+    >>> from fusedopt.integrations.keras import FusedAdamW  # KERAS_BACKEND=torch
+    >>> model.compile(optimizer=FusedAdamW(1e-3, global_clipnorm=1.0), loss="mse")
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
 """For the Trainer of Hugging Face transformers: one pass clips, steps and measures the norm.
 
->>> class Trainer(FusedClippingMixin, transformers.Trainer): ...
->>> trainer = Trainer(model, args, optimizer_cls_and_kwargs=optimizer_cls_and_kwargs(args), ...)
+Examples:
+    >>> class Trainer(FusedClippingMixin, transformers.Trainer):
+    ...     pass
+    >>> trainer = Trainer(model, args, optimizer_cls_and_kwargs=optimizer_cls_and_kwargs(args))
 """
 
 from __future__ import annotations
@@ -26,6 +28,9 @@ def optimizer_cls_and_kwargs(
         args: learning_rate, adam_beta1, adam_beta2, adam_epsilon and max_grad_norm (0: no clipping)
             are taken from it. Trainer itself puts weight_decay into the param groups.
         options: further options of FusedAdamW, or other values for these.
+
+    Returns:
+        The class and its keyword arguments.
     """
     kwargs: dict[str, Any] = {
         "lr": args.learning_rate,
@@ -39,7 +44,12 @@ def optimizer_cls_and_kwargs(
 
 class FusedClippingMixin:
     """Put before Trainer among the bases: leaves clipping to a fusedopt optimizer that has
-    max_grad_norm, and logs its norm. Trainer would read and write all gradients for that."""
+    max_grad_norm, and logs its norm. Trainer would read and write all gradients for that.
+
+    Raises:
+        TypeError: in the first step, where the optimizer is none of fusedopt.
+        ValueError: in the first step, where it has no max_grad_norm.
+    """
 
     optimizer: Any
     args: Any
