@@ -131,7 +131,8 @@ def test_the_example_of_a_docstring(name: str, tmp_path: Path) -> None:
         )
     if name.endswith("keras"):
         keras = pytest.importorskip("keras")
-        model = keras.Sequential([keras.layers.Dense(1)])
+        # Named, so that Keras' counters of names stay what other tests take them for.
+        model = keras.Sequential([keras.layers.Dense(1, name="output")], name="model")
     module = importlib.import_module(name)
     namespace |= {**vars(module), "model": model}
     examples = doctest.DocTestParser().get_examples(module.__doc__ or "")
