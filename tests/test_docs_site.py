@@ -64,9 +64,9 @@ def of_python(text: str) -> Iterator[str]:
         match node:
             case ast.Call(func=ast.Attribute(attr="getenv"), args=[key, *_]):
                 yield name(key)
-            case ast.Call(func=ast.Attribute(value=owner, attr="get" | "pop"), args=[key, *_]) if (
-                ast.unparse(owner) in ("os.environ", "environ")
-            ):
+            case ast.Call(
+                func=ast.Attribute(value=owner, attr="get" | "pop" | "setdefault"), args=[key, *_]
+            ) if ast.unparse(owner) in ("os.environ", "environ"):
                 yield name(key)
             case ast.Subscript(value=owner, slice=key) if ast.unparse(owner) == "os.environ":
                 yield name(key)
