@@ -176,6 +176,9 @@ def test_install_without_a_compiler(sdist: Path, tmp_path: Path) -> None:
     shown = report_of(site, tmp_path / "empty")
     assert "cpu        the native extension is not there" in shown
     assert "reference  available, self-test passed" in shown
+    last = shown.splitlines()[-1]
+    assert last.startswith("warning: the native extension is not there: fusedopt was installed")
+    assert last.endswith(f"--no-binary=fusedopt {sdist.as_uri()}`")
 
 
 def test_a_failing_build_is_an_error_where_asked(sdist: Path, tmp_path: Path) -> None:
