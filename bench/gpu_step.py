@@ -283,6 +283,8 @@ def main(
                 taken, left = eligible(entries, size)
                 absent += left
                 lanes += build_lanes(size, dtype_name, optimizer_name, taken, seconds)
+            if not lanes:
+                continue
             label = f"{block} {dtype_name} {optimizer_name}"
             rounds = progress.track(range(warmup + repeats), description=label)
             new_rows, floor = measure(lanes, copy, rounds, warmup)

@@ -191,6 +191,8 @@ def main(
                 lanes += [
                     build_lane(size, kind, optimizer_name, dtype_name, entry) for entry in taken
                 ]
+            if not lanes:
+                continue
             label = f"{dtype_name} {optimizer_name}"
             rounds = progress.track(range(warmup + repeats), description=label)
             interleave(lanes, rounds, warmup=warmup, settle=SETTLE_SECONDS)

@@ -129,6 +129,18 @@ def test_reasons_of_one_contestant_stand_in_one_line(capsys: pytest.CaptureFixtu
     ]
 
 
+@pytest.mark.parametrize("command", ["step", "host", "memory"])
+def test_a_run_without_any_contestant_says_why(command: str, tmp_path: Path) -> None:
+    output = ["--output", str(tmp_path / "out.json")]
+    done = subprocess.run(
+        [*BENCH, command, "--quick", "--contestant", "apex", *output],
+        cwd=ROOT, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stdout.count("absent: apex: does not run on a cpu") == 1
+    assert done.stderr == ""
+
+
 @pytest.mark.skipif(os.name == "nt", reason="sends a signal of POSIX")
 def test_an_interrupted_run_says_so_without_a_traceback(tmp_path: Path) -> None:
     output = tmp_path / "out.json"
