@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from pathlib import Path
 
@@ -92,17 +93,25 @@ def test_a_wheel_without_an_extension_serves_every_platform(why: str, tree: Tree
     assert (tag.startswith(python), native) == (True, True)
 
 
+def installed() -> set[str]:
+    """What this environment has of fusedopt."""
+    return {path.name for path in Path(sysconfig.get_path("purelib")).glob("*fusedopt*")}
+
+
 @needs_gpp
 @pytest.mark.parametrize("why", NO_COMPILER)
 def test_an_editable_install_without_an_extension(why: str, tree: Tree, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation"]
     command += ["--disable-pip-version-check", "--prefix", str(tmp_path / "prefix"), "-e", "."]
+    command += ["--ignore-installed"]  # without it pip removes the fusedopt that the tests run with
+    before = installed()
     for settings, extensions in (({}, 1), (NO_COMPILER[why], 0)):
         subprocess.run(
             command, cwd=tree.root, env=environment(**settings), check=True, capture_output=True
         )
         assert len(list((tree.root / "fusedopt").glob("_C*"))) == extensions
         assert list((tmp_path / "prefix").rglob("__editable__*.pth"))
+    assert installed() == before
 
 
 def test_a_pure_wheel_that_must_be_native_is_refused(tree: Tree) -> None:
@@ -213,6 +222,7 @@ def extension_of_gpp() -> Path:
 # Loads the extension into a package that does not import torch.
 WITHOUT_TORCH = """
 import ctypes, importlib, sys, types
+sys.meta_path = [finder for finder in sys.meta_path if "editable" not in repr(finder)]
 package = types.ModuleType("fusedopt")
 package.__path__ = sys.argv[1:]
 sys.modules["fusedopt"] = package
