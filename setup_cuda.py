@@ -32,8 +32,8 @@ def notice(text: str) -> None:
 
 
 def say(text: str) -> None:
-    """What the build is at, for whoever waits for it."""
-    print(f"fusedopt: {text}", flush=True)
+    """What the build is at, for whoever waits for it. Threads that compile say it at once."""
+    print(f"fusedopt: {text}\n", end="", flush=True)
 
 
 def required() -> bool:

@@ -54,7 +54,8 @@ def plot_training(axes: Axes, report: dict) -> None:
 def plot_times(axes: Axes, report: dict) -> None:
     """Draw the medians and quartiles of both optimizers' time a step, taken in turns."""
     comparison = report["comparison"]
-    labels = ("torch.optim +\nclip_grad_norm_", "fusedopt")
+    names = (comparison["reference"]["optimizer"], report["training"]["optimizer"])
+    labels = [name.replace("(", "\n(").replace(" + ", " +\n") for name in names]
     for y, (name, color) in enumerate((("torch", TORCH), ("fusedopt", FUSED))):
         low, middle, high = quantiles(comparison["interleaved_ms"][name], n=4)
         axes.barh(y, middle, color=color, height=0.6)

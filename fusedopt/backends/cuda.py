@@ -36,7 +36,7 @@ def unavailable() -> str:
     if _C is None:
         return missing
     if _BUILD["cuda_archs"] == "none":
-        return "fusedopt was built without CUDA (nvcc was not found, or failed)"
+        return "fusedopt was built without CUDA (no nvcc, or FUSEDOPT_CUDA_ARCHS left it out)"
     if DEVICE_TYPE == "cuda" and not torch.cuda.is_available():
         return "torch finds no CUDA device"
     reason: str = _C.cuda_unavailable()
