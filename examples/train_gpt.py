@@ -194,7 +194,12 @@ def main(
     trainer = Trainer(options, load_corpus())
     try:
         run(trainer, path, resume, checkpoint_every)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, RuntimeError) as error:
+        if not isinstance(error, KeyboardInterrupt) and not isinstance(
+            error.__context__, KeyboardInterrupt
+        ):
+            raise
+        # torch.save turns an interrupt in the middle of it into an error of its own.
         console.print(f"\ninterrupted at step {trainer.step} of {steps}")
         console.print(
             f"{path} holds the last checkpoint: the same command with --resume goes on from it "
