@@ -388,7 +388,7 @@ inline __attribute__((always_inline)) void add_squares(const bfloat16* from, f64
 
 inline __attribute__((always_inline)) void add_squares(const float16* from, f64x8* sums) {
   float wide[4 * kLanes];
-  load_run(from, 1, wide, 4 * kLanes);
+  for (int i = 0; i < 4 * kLanes; ++i) wide[i] = widen(from[i]);
   add_squares(wide, sums);
 }
 
