@@ -104,33 +104,22 @@ T* scalar_memory(const py::object& tensor, const char* name, dlpack::DeviceType 
   return reinterpret_cast<T*>(static_cast<char*>(view.dl.data) + view.dl.byte_offset);
 }
 
-// What the two ways to a step, Plan.step and Plan.apply, are told of it, and where the figures go.
-struct StepArguments {
-  StepArguments(bool norm, double max_norm, double clip_value, double grad_scale, bool found_inf,
-                bool skip_nonfinite, int threads, const py::object& grad_norm,
-                const py::object& skipped_steps) {
-    options.norm = norm;
-    options.max_norm = max_norm;
-    options.clip_value = clip_value;
-    options.grad_scale = grad_scale;
-    options.found_inf = found_inf;
-    options.skip_nonfinite = skip_nonfinite;
-    options.threads = checked_threads(threads);
-    norm_out = scalar_memory<float>(grad_norm, "grad_norm", dlpack::kCPU);
-    skipped_out = scalar_memory<int64_t>(skipped_steps, "skipped_steps", dlpack::kCPU);
-  }
-
-  bool run(Plan* plan) const {
-    const cpu::StepResult result = host::run_on_cpu(plan, options);
-    if (options.norm && norm_out != nullptr) *norm_out = static_cast<float>(result.total_norm);
-    if (result.skipped && skipped_out != nullptr) *skipped_out += 1;
-    return result.skipped;
-  }
-
-  cpu::StepOptions options;
-  float* norm_out = nullptr;
-  int64_t* skipped_out = nullptr;
-};
+// What Plan.step, Plan.apply and Plan.repeated_step are told of a step.
+host::CpuStep cpu_step(bool norm, double max_norm, double clip_value, double grad_scale,
+                       bool found_inf, bool skip_nonfinite, int threads,
+                       const py::object& grad_norm, const py::object& skipped_steps) {
+  host::CpuStep step;
+  step.options.norm = norm;
+  step.options.max_norm = max_norm;
+  step.options.clip_value = clip_value;
+  step.options.grad_scale = grad_scale;
+  step.options.found_inf = found_inf;
+  step.options.skip_nonfinite = skip_nonfinite;
+  step.options.threads = checked_threads(threads);
+  step.norm_out = scalar_memory<float>(grad_norm, "grad_norm", dlpack::kCPU);
+  step.skipped_out = scalar_memory<int64_t>(skipped_steps, "skipped_steps", dlpack::kCPU);
+  return step;
+}
 
 #define FUSEDOPT_STEP_ARGUMENTS                                                                  \
   py::arg("norm"), py::arg("max_norm"), py::arg("clip_value"), py::arg("grad_scale"),            \
@@ -146,10 +135,10 @@ std::string step(Plan& plan, const py::object& groups, const py::object& state,
                  const py::object& host, bool norm, double max_norm, double clip_value,
                  double grad_scale, bool found_inf, bool skip_nonfinite, int threads,
                  const py::object& grad_norm, const py::object& skipped_steps) {
-  const StepArguments arguments(norm, max_norm, clip_value, grad_scale, found_inf, skip_nonfinite,
-                                threads, grad_norm, skipped_steps);
+  const host::CpuStep on_cpu = cpu_step(norm, max_norm, clip_value, grad_scale, found_inf,
+                                        skip_nonfinite, threads, grad_norm, skipped_steps);
   return guarded([&] {
-    return plan.step(groups.ptr(), state.ptr(), host.ptr(), [&] { return arguments.run(&plan); });
+    return plan.step(groups.ptr(), state.ptr(), host.ptr(), [&] { return on_cpu.run(&plan); });
   });
 }
 
@@ -161,9 +150,9 @@ py::object repeated_step(const py::object& plan, const py::object& host, const p
                          const std::vector<py::function>& falsy, const py::function& num_threads) {
   if (options.size() != host::kOptions)
     throw py::value_error("options must be a tuple of " + std::to_string(host::kOptions));
-  const StepArguments arguments(norm, max_norm, clip_value, 1.0, false, skip_nonfinite, 1,
-                                grad_norm, skipped_steps);
   host::StepBefore before{};
+  before.step =
+      cpu_step(norm, max_norm, clip_value, 1.0, false, skip_nonfinite, 1, grad_norm, skipped_steps);
   before.plan = plan.cast<Plan*>();
   if (before.plan == nullptr) throw py::type_error("plan must not be None");
   before.host = host.ptr();
@@ -171,12 +160,9 @@ py::object repeated_step(const py::object& plan, const py::object& host, const p
   before.keys = keys;
   before.grad_norm = grad_norm.ptr();
   before.skipped_steps = skipped_steps.ptr();
-  before.norm_out = arguments.norm_out;
-  before.skipped_out = arguments.skipped_out;
   for (const py::dict& dict : empty) before.empty.push_back(dict.ptr());
   for (const py::function& function : falsy) before.falsy.push_back(function.ptr());
   before.num_threads = num_threads.ptr();
-  before.step = arguments.options;
   const py::tuple owned =
       py::make_tuple(plan, host, options, grad_norm, skipped_steps, empty, falsy, num_threads);
   before.owner = host::Ref::borrow(owned.ptr());
@@ -189,10 +175,10 @@ py::object repeated_step(const py::object& plan, const py::object& host, const p
 void apply(Plan& plan, double squared_norm, bool norm, double max_norm, double clip_value,
            double grad_scale, bool found_inf, bool skip_nonfinite, int threads,
            const py::object& grad_norm, const py::object& skipped_steps) {
-  StepArguments arguments(norm, max_norm, clip_value, grad_scale, found_inf, skip_nonfinite,
-                          threads, grad_norm, skipped_steps);
-  arguments.options.squared_norm = squared_norm;
-  guarded([&] { plan.apply([&] { return arguments.run(&plan); }); });
+  host::CpuStep on_cpu = cpu_step(norm, max_norm, clip_value, grad_scale, found_inf, skip_nonfinite,
+                                  threads, grad_norm, skipped_steps);
+  on_cpu.options.squared_norm = squared_norm;
+  guarded([&] { plan.apply([&] { return on_cpu.run(&plan); }); });
 }
 
 // A plan for tensors on one CUDA device, and the driver that runs it.

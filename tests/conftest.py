@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from fusedopt import _native
+from fusedopt import _native, backends
 from fusedopt.backends import triton
 from tests.helpers import in_use
 
@@ -42,3 +42,13 @@ def tensor_access(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each way in which C++ reads tensors, in turn, and each reader of the direct one."""
     with in_use(request.param):
         yield request.param
+
+
+@pytest.fixture(params=["cuda", "triton"])
+def backend(request: pytest.FixtureRequest) -> str:
+    """The name of each driver of a GPU, where it can run here."""
+    reason: str = backends.BACKENDS[request.param].unavailable()
+    if reason:
+        pytest.skip(reason)
+    name: str = request.param
+    return name

@@ -22,15 +22,6 @@ pytestmark = pytest.mark.gpu
 SIZES = [1, 7, 8, 9, 255, 257, 16383, 16385, 300_001]
 
 
-@pytest.fixture(params=["cuda", "triton"])
-def backend(request: pytest.FixtureRequest) -> str:
-    reason: str = backends.BACKENDS[request.param].unavailable()
-    if reason:
-        pytest.skip(reason)
-    name: str = request.param
-    return name
-
-
 def assert_agree(backend: str, on_cpu: list[Tensor], on_gpu: list[Tensor]) -> None:
     """CUDA computes the bits of the CPU; Triton derives its scalars in float64 alone."""
     for a, b in zip(on_cpu, on_gpu, strict=True):

@@ -24,15 +24,6 @@ pytestmark = pytest.mark.gpu
 two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 
 
-@pytest.fixture(params=["cuda", "triton"])
-def backend(request: pytest.FixtureRequest) -> str:
-    reason: str = backends.BACKENDS[request.param].unavailable()
-    if reason:
-        pytest.skip(reason)
-    name: str = request.param
-    return name
-
-
 def on_gpu(numels: list[int], device: str = "cuda") -> list[Parameter]:
     params = make_params(numels, torch.float32)
     moved = [Parameter(p.detach().to(device)) for p in params]

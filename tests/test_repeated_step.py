@@ -54,9 +54,7 @@ def test_repeated_steps_are_steps(options: dict[str, Any]) -> None:
         assert repeats(repeated)
         plain._repeated = None
         plain.step()
-    for a, b in zip(
-        repeated.param_groups[0]["params"], plain.param_groups[0]["params"], strict=True
-    ):
+    for a, b in pairs(repeated, plain):
         assert torch.equal(a, b)
         for name, value in plain.state[b].items():
             assert torch.equal(repeated.state[a][name], value)
@@ -186,9 +184,7 @@ def test_values_that_steps_read_are_read_again() -> None:
     assert repeats(repeated)
     plain._repeated = None
     plain.step()
-    for a, b in zip(
-        repeated.param_groups[0]["params"], plain.param_groups[0]["params"], strict=True
-    ):
+    for a, b in pairs(repeated, plain):
         assert torch.equal(a, b)
 
 

@@ -9,9 +9,6 @@
 namespace fusedopt::host {
 namespace {
 
-constexpr const char* kOptionNames[kOptions] = {"max_grad_norm", "clip_grad_value",
-                                                "skip_nonfinite", "process_group", "backend"};
-
 // Of the reader.
 constexpr int kParamsKey = 0, kMaximizeKey = 1, kOptionKey = 2;
 constexpr int kFirstHyperKey = kOptionKey + kOptions;

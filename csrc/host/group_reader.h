@@ -14,7 +14,10 @@
 
 namespace fusedopt::host {
 
-inline constexpr int kOptions = 5;  // of the whole optimizer: fusedopt/options.py
+// Options of the whole optimizer: fusedopt/options.py.
+inline constexpr int kOptions = 5;
+inline constexpr const char* kOptionNames[kOptions] = {
+    "max_grad_norm", "clip_grad_value", "skip_nonfinite", "process_group", "backend"};
 
 class GroupReader {
  public:

@@ -4,8 +4,6 @@
 #include <new>
 #include <utility>
 
-#include "host/cpu_step.h"
-
 namespace fusedopt::host {
 namespace {
 
@@ -23,9 +21,11 @@ struct Names {
   PyObject* absent[2] = {interned("grad_scale"), interned("found_inf")};
   PyObject* hooks[2] = {interned("_optimizer_step_pre_hooks"),
                         interned("_optimizer_step_post_hooks")};
-  PyObject* options[kOptions] = {interned("max_grad_norm"), interned("clip_grad_value"),
-                                 interned("skip_nonfinite"), interned("process_group"),
-                                 interned("backend")};
+  PyObject* options[kOptions];
+
+  Names() {
+    for (int k = 0; k < kOptions; ++k) options[k] = interned(kOptionNames[k]);
+  }
 };
 
 const Names& names() {
@@ -73,7 +73,7 @@ bool is_like(const StepBefore& before, PyObject* attributes) {
     if (!is_empty(item(attributes, name))) return false;
   for (PyObject* dict : before.empty)
     if (!is_empty(dict)) return false;
-  if ((before.step.norm && item(attributes, names().grad_norm) != before.grad_norm) ||
+  if ((before.step.options.norm && item(attributes, names().grad_norm) != before.grad_norm) ||
       item(attributes, names().skipped_steps) != before.skipped_steps)
     return false;
   PyObject* defaults = item(attributes, names().defaults);
@@ -101,18 +101,13 @@ bool run(const StepBefore& before, PyObject* attributes) {
   const Ref state = Ref::borrow(item(attributes, names().state));
   if (!groups || !state) return false;  // a function of `falsy` has taken them away
   const Ref threads = Ref::checked(PyObject_CallNoArgs(before.num_threads));
-  cpu::StepOptions options = before.step;
-  options.threads = static_cast<int>(PyLong_AsLong(threads.get()));
+  CpuStep step = before.step;
+  step.options.threads = static_cast<int>(PyLong_AsLong(threads.get()));
   if (PyErr_Occurred()) throw PythonError{};
-  if (options.threads < 1) raise(PyExc_ValueError, "num_threads must return at least 1");
-  const auto driver = [&] {
-    const cpu::StepResult result = run_on_cpu(before.plan, options);
-    if (options.norm && before.norm_out != nullptr)
-      *before.norm_out = static_cast<float>(result.total_norm);
-    if (result.skipped && before.skipped_out != nullptr) *before.skipped_out += 1;
-    return result.skipped;
-  };
-  return before.plan->step(groups.get(), state.get(), before.host, driver).empty();
+  if (step.options.threads < 1) raise(PyExc_ValueError, "num_threads must return at least 1");
+  return before.plan
+      ->step(groups.get(), state.get(), before.host, [&] { return step.run(before.plan); })
+      .empty();
 }
 
 // A plain C function: a dispatcher would read many lines of memory more.

@@ -5,10 +5,9 @@
 // it was. What a plan reads on each step (tensors, hyperparameters, state) is read as ever.
 #pragma once
 
-#include <cstdint>
 #include <vector>
 
-#include "cpu/apply.h"
+#include "host/cpu_step.h"
 #include "host/plan.h"
 #include "host/python.h"
 
@@ -18,17 +17,15 @@ namespace fusedopt::host {
 struct StepBefore {
   Ref owner;
   Plan* plan;
-  PyObject* host;           // of the plan
-  PyObject* options;        // a tuple: those of the whole optimizer, as they stand in each group
-  Py_ssize_t keys;          // how many all param groups had together
-  PyObject* grad_norm;      // the tensors that take the figures, or None
-  PyObject* skipped_steps;  // and their memory
-  float* norm_out;
-  int64_t* skipped_out;
+  PyObject* host;       // of the plan
+  PyObject* options;    // a tuple: those of the whole optimizer, as they stand in each group
+  Py_ssize_t keys;      // how many all param groups had together
+  PyObject* grad_norm;  // the tensors that take the figures, or None
+  PyObject* skipped_steps;
   std::vector<PyObject*> empty;  // dicts that are empty
   std::vector<PyObject*> falsy;  // functions without arguments that return 0 or False
   PyObject* num_threads;         // a function
-  cpu::StepOptions step;         // but for the number of threads
+  CpuStep step;                  // but for the number of threads
 };
 
 // A function of the __dict__ of an optimizer that does such a step, and returns True. It returns
