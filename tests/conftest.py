@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import fcntl
 import os
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -52,3 +55,12 @@ def backend(request: pytest.FixtureRequest) -> str:
         pytest.skip(reason)
     name: str = request.param
     return name
+
+
+@pytest.fixture
+def large() -> Iterator[None]:
+    """Tests that take tens of GB of a GPU: one at a time of all processes on the machine."""
+    with (Path(tempfile.gettempdir()) / "fusedopt-large-tests.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+        torch.cuda.empty_cache()

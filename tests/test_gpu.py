@@ -268,7 +268,11 @@ def test_one_launch_a_step_and_no_allocation(backend: str) -> None:
         optimizer.step()
         torch.cuda.synchronize()
     kernels = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
-    names = [e.name for e in kernels if "Memcpy" not in e.name and "Memset" not in e.name]
+    names = [  # torch's range around step() is among the events of the device, too
+        e.name
+        for e in kernels
+        if "Memcpy" not in e.name and "Memset" not in e.name and not e.is_user_annotation
+    ]
     assert len(names) == 1, names
     assert "step_kernel" in names[0]
     assert torch.cuda.memory_stats()["allocation.all.allocated"] == allocations
@@ -440,6 +444,7 @@ def test_params_on_two_devices_share_one_norm(backend: str) -> None:
         torch.testing.assert_close(m.detach().cpu(), p.detach())
 
 
+@pytest.mark.usefixtures("large")
 @pytest.mark.parametrize("numel", [2**31 + 1, 2**32 + 1])
 def test_more_elements_than_32_bits_can_count(numel: int, backend: str) -> None:
     free, _ = torch.cuda.mem_get_info()

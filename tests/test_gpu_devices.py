@@ -121,6 +121,7 @@ def test_other_threads_run_while_a_first_step_waits() -> None:
 
 def test_threads_clip_on_streams_of_their_own() -> None:
     wrong: list[float] = []
+    ended: list[int] = []
 
     def work(seed: int) -> None:
         generator = torch.Generator("cuda").manual_seed(seed)
@@ -133,6 +134,7 @@ def test_threads_clip_on_streams_of_their_own() -> None:
                 after = param.grad.double().norm().item()
                 if abs(found / expected - 1) > 1e-6 or abs(after - 1) > 1e-4:
                     wrong.append(found)
+        ended.append(seed)
 
     threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
     for thread in threads:
@@ -140,6 +142,7 @@ def test_threads_clip_on_streams_of_their_own() -> None:
     for thread in threads:
         thread.join()
     assert not wrong
+    assert sorted(ended) == [0, 1, 2, 3]
 
 
 def test_captured_clipping_beside_eager_clipping() -> None:
