@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import ctypes
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.nn import Parameter
 
 import fusedopt
@@ -21,36 +23,35 @@ CHUNK = 1 << 14  # kChunk in csrc/cuda/step.h, CHUNK in triton_kernels/launch.py
 CHUNKS = [1, 131, 132, 133, 263, 264, 265, 527, 528, 529, 1056, 10_000]
 
 
+def joined(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat([t.detach() for t in tensors])
+
+
 def check_clipping(params: list[Parameter], backend: str) -> None:
-    """Steps with one max_grad_norm after the other, against torch's own clipping: each element
-    counts once in the norm, and is updated once."""
+    """Steps with one max_grad_norm after the other: each element counts once in the norm, and is
+    updated once. Norm and coefficient are those of float64; torch's own float32 norm of as many
+    elements is off by 1e-4."""
     twins = gpu_params.copies(params)
     optimizer = fusedopt.FusedSGD(params, lr=0.5, momentum=0.9, max_grad_norm=0.5, backend=backend)
     plain = torch.optim.SGD(twins, lr=0.5, momentum=0.9)
     grads = [p.grad.clone() for p in twins if p.grad is not None]
     norm = torch.stack([grad.double().square().sum() for grad in grads]).sum().sqrt().item()
-    for i, max_norm in enumerate((0.5, 8.0, 1e9)):  # two that clip, and one that does not
-        optimizer.max_grad_norm = max_norm
+    assert torch.nn.utils.get_total_norm(grads).item() == pytest.approx(norm, rel=1e-3)
+    for max_norm in (0.5, 8.0, 1e9):  # two that clip, and one that does not
         for twin, grad in zip(twins, grads, strict=True):
-            assert twin.grad is not None
-            twin.grad.copy_(grad)
-        torch.nn.utils.clip_grad_norm_(twins, max_norm)
+            twin.grad = grad * min(1.0, max_norm / (norm + 1e-6))
+        optimizer.max_grad_norm = max_norm
         optimizer.step()
         plain.step()
         assert optimizer.grad_norm is not None
-        assert optimizer.grad_norm.item() == pytest.approx(norm, rel=1e-6)
-        if i == 0:
-            for p, grad in zip(params, grads, strict=True):
-                buffer, clipped = optimizer.state[p]["momentum_buffer"], grad * (max_norm / norm)
-                torch.testing.assert_close(buffer, clipped, rtol=1e-5, atol=0)
-        for p, twin in zip(params, twins, strict=True):
-            torch.testing.assert_close(p.detach(), twin.detach(), rtol=1e-5, atol=1e-6)
-            torch.testing.assert_close(
-                optimizer.state[p]["momentum_buffer"],
-                plain.state[twin]["momentum_buffer"],
-                rtol=1e-4,  # torch sums the norm in float32
-                atol=1e-8,
-            )
+        assert optimizer.grad_norm.item() == pytest.approx(norm, rel=2e-7)
+        # In one piece each: ten thousand comparisons would take a minute.
+        torch.testing.assert_close(*map(joined, (params, twins)), rtol=2e-6, atol=2e-7)
+        buffers = [
+            joined([o.state[p]["momentum_buffer"] for p in o.param_groups[0]["params"]])
+            for o in (optimizer, plain)
+        ]
+        torch.testing.assert_close(*buffers, rtol=2e-6, atol=1e-8)
 
 
 @pytest.mark.usefixtures("large")
