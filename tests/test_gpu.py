@@ -3,6 +3,7 @@ tests/test_cuda_emulator.py and tests/test_triton.py run the same kernels' sourc
 
 from __future__ import annotations
 
+import copy
 import json
 import warnings
 from collections.abc import Iterator
@@ -469,7 +470,7 @@ def test_checkpoints_pass_between_devices_and_torch(backend: str) -> None:
         fusedopt.FusedAdamW(host, lr=1e-2, backend="cpu"),
     ]
     for other in others:
-        other.load_state_dict(saved)
+        other.load_state_dict(copy.deepcopy(saved))  # torch would share its tensors
         for p, source in zip(
             other.param_groups[0]["params"], optimizer.param_groups[0]["params"], strict=True
         ):
