@@ -1,7 +1,7 @@
 // Loads and stores of 16 bytes, for every dtype.
 //
 // Pointers that come out of a table are generic to the compiler; told that they point to global
-// memory, it emits LDG.E.128 and STG.E.128 instead of LD and ST.
+// memory, it emits LDG and STG instead of LD and ST.
 #pragma once
 
 #include <cstdint>
@@ -22,9 +22,53 @@ struct Chunk {
 
 constexpr int kVectorBytes = 16;
 
-struct alignas(kVectorBytes) Vector {
-  uint32_t word[4];
+// What one instruction moves: 16 bytes, or 8 of an operand whose elements are half as wide as those
+// of the others.
+template <int kBytes>
+struct alignas(kBytes) Vector {
+  uint32_t word[kBytes / 4];
 };
+
+// nvcc takes plain accesses of 16 bytes apart for sm_100 and later; these instructions stay what
+// they are. A loop reads an element before it writes it, and no other thread does either, so there
+// is nothing that a compiler could put in the wrong order.
+__device__ __forceinline__ void load_vector(const void* from, Vector<16>* to) {
+#if defined(__CUDA_ARCH__)
+  asm("ld.global.v4.b32 {%0, %1, %2, %3}, [%4];"
+      : "=r"(to->word[0]), "=r"(to->word[1]), "=r"(to->word[2]), "=r"(to->word[3])
+      : "l"(__cvta_generic_to_global(from)));
+#else
+  *to = *static_cast<const Vector<16>*>(from);
+#endif
+}
+__device__ __forceinline__ void load_vector(const void* from, Vector<8>* to) {
+#if defined(__CUDA_ARCH__)
+  asm("ld.global.v2.b32 {%0, %1}, [%2];"
+      : "=r"(to->word[0]), "=r"(to->word[1])
+      : "l"(__cvta_generic_to_global(from)));
+#else
+  *to = *static_cast<const Vector<8>*>(from);
+#endif
+}
+__device__ __forceinline__ void store_vector(const Vector<16>& from, void* to) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};"
+               :
+               : "l"(__cvta_generic_to_global(to)), "r"(from.word[0]), "r"(from.word[1]),
+                 "r"(from.word[2]), "r"(from.word[3]));
+#else
+  *static_cast<Vector<16>*>(to) = from;
+#endif
+}
+__device__ __forceinline__ void store_vector(const Vector<8>& from, void* to) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("st.global.v2.b32 [%0], {%1, %2};"
+               :
+               : "l"(__cvta_generic_to_global(to)), "r"(from.word[0]), "r"(from.word[1]));
+#else
+  *static_cast<Vector<8>*>(to) = from;
+#endif
+}
 
 // A pointer out of the table, as what it is.
 template <class T>
@@ -33,26 +77,20 @@ __device__ __forceinline__ T* global(void* p) {
   return static_cast<T*>(p);
 }
 
-// kCount elements of T in registers, moved 16 bytes at a time. The address must be aligned to 16.
+// kCount elements of T in registers, moved by one instruction. The address must be aligned to their
+// bytes.
 template <class T, int kCount>
 struct Pack {
-  static constexpr int kVectors = static_cast<int>(sizeof(T)) * kCount / kVectorBytes;
-  static_assert(kVectors >= 1 && kVectors * kVectorBytes == static_cast<int>(sizeof(T)) * kCount);
+  static constexpr int kBytes = static_cast<int>(sizeof(T)) * kCount;
   union {
-    Vector vector[kVectors];
+    Vector<kBytes> vector;
     T element[kCount];
   };
 
   __device__ __forceinline__ Pack() {}
 
-  __device__ __forceinline__ void load(const T* from) {
-#pragma unroll
-    for (int v = 0; v < kVectors; ++v) vector[v] = reinterpret_cast<const Vector*>(from)[v];
-  }
-  __device__ __forceinline__ void store(T* to) const {
-#pragma unroll
-    for (int v = 0; v < kVectors; ++v) reinterpret_cast<Vector*>(to)[v] = vector[v];
-  }
+  __device__ __forceinline__ void load(const T* from) { load_vector(from, &vector); }
+  __device__ __forceinline__ void store(T* to) const { store_vector(vector, to); }
 };
 
 // How many elements come before the first address that is aligned to 16 bytes.
@@ -62,9 +100,10 @@ __device__ __forceinline__ int elements_to_alignment(const T* p) {
   return static_cast<int>((kVectorBytes - off) % kVectorBytes / sizeof(T));
 }
 
-template <class T>
+// Whether a Pack of kCount elements can be moved there.
+template <int kCount, class T>
 __device__ __forceinline__ bool is_aligned(const T* p) {
-  return reinterpret_cast<uintptr_t>(p) % kVectorBytes == 0;
+  return reinterpret_cast<uintptr_t>(p) % (sizeof(T) * kCount) == 0;
 }
 
 // One element of any dtype, widened to T.

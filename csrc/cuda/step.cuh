@@ -128,7 +128,8 @@ __device__ __forceinline__ void update_pass(const StepArgs& a, const Decision& d
 }
 
 template <class Rule>
-__global__ void __launch_bounds__(kThreads, 4) step_kernel(const __grid_constant__ StepArgs a) {
+__global__ void __launch_bounds__(kThreads, kBlocksPerSM)
+    step_kernel(const __grid_constant__ StepArgs a) {
   __shared__ double scratch[kThreads];
   __shared__ PreparedPair<Rule> batch[kBatch];
   __shared__ bool last;

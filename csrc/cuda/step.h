@@ -10,6 +10,7 @@ namespace fusedopt::cuda {
 
 constexpr int kChunk = 1 << 14;   // elements
 constexpr int kThreads = 256;     // of a block, at most
+constexpr int kBlocksPerSM = 2;   // at least: a thread has up to 128 registers
 constexpr int kMaxBlocks = 4096;  // of a grid
 
 // Memory of one optimizer on one device, zeros at first.

@@ -1,7 +1,9 @@
 // The update of one chunk: load, transform the gradient, rule, store.
 //
 // Bytes per element are those of docs/cpu.md: 28 for AdamW in float32. To keep the memory busy, a
-// thread has 64 bytes in flight (four operands of 16 bytes), an SM with 1,024 threads 64 KiB.
+// thread has two vectors of each of four operands in flight, 128 bytes, and an SM with 512 threads
+// 64 KiB. An H100 moves 5 % more bytes a second so than with twice the threads and one vector each
+// (docs/performance.md).
 #pragma once
 
 #include "core/dispatch.h"
@@ -42,51 +44,66 @@ template <class Rule, int kVariant, class P, class S>
 struct DenseChunk {
   using T = decltype(widen(P{}));
   static constexpr int kStates = Rule::states(kVariant);
-  static constexpr int kSmallest = sizeof(P) < sizeof(S) || kStates == 0 ? sizeof(P) : sizeof(S);
-  static constexpr int kElements = kVectorBytes / kSmallest;  // of a thread's vector
-  static constexpr int kPart =
-      kStates == 0 ? kElements : kVectorBytes / static_cast<int>(sizeof(S));
+  // Elements that a thread moves of each operand at once: 16 bytes of the widest, so that a warp's
+  // accesses to every operand lie side by side.
+  static constexpr int kWidest = sizeof(P) > sizeof(S) || kStates == 0 ? sizeof(P) : sizeof(S);
+  static constexpr int kElements = kVectorBytes / kWidest;
+  // Vectors of each operand that are loaded before the first is used.
+  static constexpr int kUnroll = kStates == 0 ? 4 : 2;
 
   P* param;
   const P* grad;
   S* state[kMaxStates];
 
+  struct Vectors {
+    Pack<P, kElements> param, grad;
+    Pack<S, kElements> state[kMaxStates];
+  };
+
   // Elements before the first address that is aligned in all operands; -1 where there is none.
   __device__ __forceinline__ int head() const {
-    const int n = elements_to_alignment(param);
-    bool good = is_aligned(grad + n);
+    int n = elements_to_alignment(param);
+    if constexpr (kStates > 0 && sizeof(S) > sizeof(P)) n = elements_to_alignment(state[0]);
+    bool good = is_aligned<kElements>(param + n) && is_aligned<kElements>(grad + n);
 #pragma unroll
-    for (int k = 0; k < kStates; ++k) good = good && is_aligned(state[k] + n);
+    for (int k = 0; k < kStates; ++k) good = good && is_aligned<kElements>(state[k] + n);
     return good ? n : -1;
   }
 
-  // One vector of the operands with the narrower dtype. Where states are wider, their vectors hold
-  // fewer elements, and are read, updated and written one after the other.
-  __device__ __forceinline__ void vector(int i, const Prepared<Rule, T>& prepared) const {
-    Pack<P, kElements> p, g;
-    p.load(param + i);
-    g.load(grad + i);
+  // kCount vectors of each operand, a stride of the block's threads apart.
+  template <int kCount>
+  __device__ __forceinline__ void vectors(int at, const Prepared<Rule, T>& prepared) const {
+    const int stride = static_cast<int>(blockDim.x) * kElements;
+    Vectors loaded[kCount];
 #pragma unroll
-    for (int part = 0; part < kElements; part += kPart) {
-      Pack<S, kPart> s[kMaxStates];
+    for (int u = 0; u < kCount; ++u) {
+      const int i = at + u * stride;
+      Vectors& v = loaded[u];
+      v.param.load(param + i);
+      v.grad.load(grad + i);
 #pragma unroll
-      for (int k = 0; k < kStates; ++k) s[k].load(state[k] + i + part);
+      for (int k = 0; k < kStates; ++k) v.state[k].load(state[k] + i);
+    }
 #pragma unroll
-      for (int e = 0; e < kPart; ++e) {
-        T x = widen(p.element[part + e]);
+    for (int u = 0; u < kCount; ++u) {
+      const int i = at + u * stride;
+      Vectors& v = loaded[u];
+#pragma unroll
+      for (int e = 0; e < kElements; ++e) {
+        T x = widen(v.param.element[e]);
         T values[kMaxStates];
 #pragma unroll
-        for (int k = 0; k < kStates; ++k) values[k] = widen(s[k].element[e]);
-        const T grad_element = prepared.transform(widen(g.element[part + e]));
-        Rule::template update<kVariant>(x, grad_element, values, prepared.scalars);
-        narrow(x, &p.element[part + e]);
+        for (int k = 0; k < kStates; ++k) values[k] = widen(v.state[k].element[e]);
+        const T g = prepared.transform(widen(v.grad.element[e]));
+        Rule::template update<kVariant>(x, g, values, prepared.scalars);
+        narrow(x, &v.param.element[e]);
 #pragma unroll
-        for (int k = 0; k < kStates; ++k) narrow(values[k], &s[k].element[e]);
+        for (int k = 0; k < kStates; ++k) narrow(values[k], &v.state[k].element[e]);
       }
 #pragma unroll
-      for (int k = 0; k < kStates; ++k) s[k].store(state[k] + i + part);
+      for (int k = 0; k < kStates; ++k) v.state[k].store(state[k] + i);
+      v.param.store(param + i);
     }
-    p.store(param + i);
   }
 
   __device__ __forceinline__ void one(int i, const Prepared<Rule, T>& prepared) const {
@@ -102,14 +119,19 @@ struct DenseChunk {
   }
 
   // All threads of the block together.
-  __device__ __forceinline__ void update(int count, const Prepared<Rule, T>& prepared) const {
+  __device__ __forceinline__ void update(int count, const Prepared<Rule, T>& in_memory) const {
+    const Prepared<Rule, T> prepared = in_memory;  // in registers
     const int me = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
+    const int stride = threads * kElements;
     int first = head();
     const bool mismatched = first < 0;  // operands that are never aligned together
     if (mismatched || first > count) first = count;
     const int end = first + (count - first) / kElements * kElements;
+    int i = first + me * kElements;
 #pragma unroll 1
-    for (int i = first + me * kElements; i < end; i += threads * kElements) vector(i, prepared);
+    for (; i + (kUnroll - 1) * stride < end; i += kUnroll * stride) vectors<kUnroll>(i, prepared);
+#pragma unroll 1
+    for (; i < end; i += stride) vectors<1>(i, prepared);
     // What lies before and behind the vectors: [0, first) and [end, count).
     const int rest = count - (end - first);
 #pragma unroll 1
