@@ -20,7 +20,7 @@ COPY_ELEMENTS = 1 << 28
 COPY_BYTES = 8 * COPY_ELEMENTS
 COPIES = 20  # a sample
 
-MIN_STEPS, MAX_STEPS = 3, 100  # a sample
+MIN_STEPS, MAX_STEPS = 2, 100  # a sample
 
 SMI_FIELDS = ("driver_version", "power.limit", "clocks.max.sm", "clocks.max.mem")
 SMI_FIELDS_UNDER_LOAD = ("clocks.sm", "clocks.mem", "temperature.gpu")

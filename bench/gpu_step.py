@@ -8,18 +8,19 @@ sample is several steps back to back between two CUDA events; the host's time in
 kept beside it. In each round a copy of 1 GiB is timed too: its bandwidth, reads plus writes, is
 the floor that a step is measured against. The tensors of the small workloads stay in the L2 cache,
 for all contestants: what those measure is the host and the launches.
-Results, all samples included, go to runs/step-gpu.json.
+Results, all samples included, go to runs/step-gpu.json, which is written anew after each block of
+workloads: a run that is stopped leaves the blocks that it finished.
 """
 
 import gc
 import itertools
 import sys
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Annotated, Any
 
 import torch
 import typer
-from rich.table import Table
 
 from bench import cli, gpu
 from bench.contestants import (
@@ -28,21 +29,21 @@ from bench.contestants import (
     admit,
     eligible,
     present_and_absent,
+    reason_of,
     state_dtypes,
     widen_state,
 )
 from bench.goals import GPU_GOALS, Row, evaluate
 from bench.gpu import COPY_BYTES, DeviceCopy, DeviceRunner
+from bench.gpu_report import print_plan, print_rows
 from bench.machine import describe_run
 from bench.measure import Lane, interleave, paired_ratio, quartiles
 from bench.progress import progress_bar
 from bench.report import (
-    console,
-    mark,
-    optional,
     partner,
     print_absent,
     print_goals,
+    print_skipped,
     print_written,
     print_wrong,
     rows_of,
@@ -54,7 +55,6 @@ from bench.workloads import (
     MIXED,
     InputSet,
     Workload,
-    bytes_per_param,
     gpu_workloads,
     memory_bytes,
 )
@@ -63,12 +63,15 @@ WORKLOADS = gpu_workloads()
 # Workloads that take turns with each other, and their dtypes.
 BLOCKS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "1b": (("1b",), (*DTYPES, MIXED)),
+    "10x16.8M": (("10x16.8M",), ("float32", "bfloat16")),
+    "200x1M": (("200x1M",), ("float32",)),
+    "llama-7b-of-8-ranks": (("llama-7b-of-8-ranks",), ("float32",)),
     "1000x1024": (("1000x1024",), ("float32",)),
     "10000x64": (("10000x64",), ("float32",)),
     "groups": (("1860-tiny-1-groups", "1860-tiny-465-groups"), ("float32",)),
 }
 QUICK_CONTESTANTS = ("fusedopt", "torch-fused")
-SAMPLE_SECONDS, QUICK_SAMPLE_SECONDS = 0.1, 0.02
+SAMPLE_SECONDS, QUICK_SAMPLE_SECONDS = 0.05, 0.02
 
 Block = tuple[str, str, str]  # a key of BLOCKS, dtype, optimizer
 
@@ -89,32 +92,63 @@ def fitting(workload: Workload, dtype: str, free: int) -> Workload:
     return WORKLOADS["250m"] if short else workload
 
 
+def build_lane(
+    inputs: InputSet,
+    dtype: str,
+    optimizer: str,
+    entry: tuple[Contestant, bool, float],
+    shared: SharedState,
+    sample_seconds: float,
+) -> Lane:
+    """The lane of one (contestant, clip, step_error), with the moments that all share."""
+    contestant, clip, _ = entry
+    instance, step = contestant.build(optimizer, inputs.param_groups(), clip)
+    if contestant.compiled:  # compiled once then, for the moments that are shared
+        eager = replace(contestant, compiled=False)
+        plain, make_state = eager.build(optimizer, inputs.param_groups(), clip)
+        make_state()
+        instance.state = plain.state
+    else:
+        step()  # makes the state
+    widen_state(instance, dtype)
+    share_state(instance, shared)
+    step()  # knows the state
+    key = lane_key(inputs.workload, dtype, optimizer, entry)
+    key |= {"groups": inputs.workload.groups}
+    key |= {"backend": getattr(instance, "backend_in_use", None)}
+    key |= {"extra_bytes": gpu.extra_memory(step), **gpu.launches_of(step)}
+    count = gpu.steps_for(sample_seconds, step)
+    key |= {"steps_a_sample": count, "state_dtypes": state_dtypes(instance)}
+    return Lane(key, [DeviceRunner(step, after=inputs.restore_grads, steps=count)])
+
+
 def build_lanes(
     workload: Workload,
     dtype: str,
     optimizer: str,
     entries: list[tuple[Contestant, bool, float]],
     sample_seconds: float,
-) -> list[Lane]:
-    """A lane for each (contestant, clip, step_error); all step the same tensors in turn."""
+) -> tuple[list[Lane], list[dict[str, str]]]:
+    """(a lane for each (contestant, clip, step_error), {contestant, reason} of those that fail).
+
+    All step the same tensors in turn. One that fails at this size only, by a limit of its own or
+    for want of memory, does not cost the others their figures.
+    """
     inputs = InputSet(workload, dtype, seed=0, device=gpu.DEVICE)
     shared: SharedState = {}
-    lanes = []
+    lanes, failed = [], []
     for entry in entries:
         contestant, clip, _ = entry
-        instance, step = contestant.build(optimizer, inputs.param_groups(), clip)
-        step()  # makes the state
-        widen_state(instance, dtype)
-        share_state(instance, shared)
-        step()  # knows the state
-        key = lane_key(workload, dtype, optimizer, entry)
-        key |= {"groups": workload.groups, "backend": getattr(instance, "backend_in_use", None)}
-        key |= {"extra_bytes": gpu.extra_memory(step), **gpu.launches_of(step)}
-        count = gpu.steps_for(sample_seconds, step)
-        key |= {"steps_a_sample": count, "state_dtypes": state_dtypes(instance)}
+        try:
+            with contestant.hushed():
+                lane = build_lane(inputs, dtype, optimizer, entry, shared, sample_seconds)
+        except Exception as error:
+            case = f"{workload.name} {dtype} {optimizer}{', clip' if clip else ''}"
+            failed.append({"contestant": contestant.name, "reason": f"{case}: {reason_of(error)}"})
+        else:
+            lanes.append(lane)
         inputs.restore_grads()
-        lanes.append(Lane(key, [DeviceRunner(step, after=inputs.restore_grads, steps=count)]))
-    return lanes
+    return lanes, failed
 
 
 def rows_with_ratios(lanes: list[Lane], bandwidth: float) -> list[Row]:
@@ -155,76 +189,6 @@ def measure(
     }
 
 
-def print_plan(blocks: list[Block], contestants: list[str]) -> None:
-    """The workloads with the bytes of a step; the contestants."""
-    columns = (
-        "workload",
-        "tensors",
-        "params",
-        "dtype",
-        "rule",
-        "bytes/param",
-        "GB a step",
-        "needs",
-    )
-    title = "What is measured (bytes/param: without clip, with our clip, with clip_grad_norm_)"
-    table = Table(*columns, title=title)
-    for block, dtype, optimizer in blocks:
-        for name in BLOCKS[block][0]:
-            workload = WORKLOADS[name]
-            kinds = ("none", "fused", "separate")
-            least = [bytes_per_param(optimizer, dtype, kind) for kind in kinds]
-            table.add_row(
-                name,
-                str(len(workload.shapes)),
-                f"{workload.numel / 1e6:.2f}M",
-                dtype,
-                optimizer,
-                ", ".join(map(str, least)),
-                f"{least[0] * workload.numel / 1e9:.4f}",
-                f"{memory_bytes(workload, dtype) / 1e9:.1f} GB",
-            )
-    console.print(table)
-    console.print(f"contestants: {', '.join(contestants)}; where memory is short 250m for 1b")
-    console.print("each without and with clipping, taking turns with a copy of 1 GiB")
-
-
-def print_rows(rows: list[Row], floors: list[dict[str, Any]]) -> None:
-    """The table of all rows, a section for each block."""
-    columns: tuple[str, ...] = (
-        "groups",
-        "contestant",
-        "clip",
-        "ms",
-        "q1, q3",
-        "host us",
-        "GB/s",
-        "of copy",
-    )
-    columns += ("launches", "extra MB", "fused / it")
-    for floor in floors:
-        same = ("block", "dtype", "optimizer")
-        members = [row for row in rows if all(row[column] == floor[column] for column in same)]
-        size = f"{members[0]['tensors']} tensors, {members[0]['numel'] / 1e6:.2f}M params"
-        name = " ".join(floor[column] for column in same)
-        table = Table(*columns, title=f"{name}, {size}, copy {floor['gb_per_s']:.0f} GB/s")
-        for row in members:
-            table.add_row(
-                str(row["groups"]),
-                row["contestant"] + mark(row),
-                "yes" if row["clip"] else "no",
-                f"{row['median_s'] * 1e3:.3f}",
-                f"{row['q1_s'] * 1e3:.3f}, {row['q3_s'] * 1e3:.3f}",
-                f"{row['host_median_s'] * 1e6:.0f}",
-                f"{row['gb_per_s']:.0f}",
-                f"{row['floor_fraction']:.1%}",
-                f"{row['launches']:.0f}",
-                f"{row['extra_bytes'] / 1e6:.1f}",
-                optional(row["ratio_vs_torch_fused"], "{:.2f}"),
-            )
-        console.print(table)
-
-
 def main(
     quick: Annotated[
         bool,
@@ -251,7 +215,12 @@ def main(
         contestant = [name for name in contestant if name in QUICK_CONTESTANTS] or contestant
     blocks = plan(workload, dtype, optimizer)
     if dry_run:
-        print_plan(blocks, contestant)
+        steps = [
+            (WORKLOADS[name], dtype_name, optimizer_name)
+            for block, dtype_name, optimizer_name in blocks
+            for name in BLOCKS[block][0]
+        ]
+        print_plan(steps, contestant)
         return
     reason = gpu.missing_device()
     if reason:
@@ -266,23 +235,30 @@ def main(
     print_absent(missing)
     absent = [*missing]
     copy = DeviceCopy()
+    run["machine"]["gpu"] = gpu.describe_gpu(copy)
     rows: list[Row] = []
     floors: list[dict[str, Any]] = []
+    skipped: list[dict[str, str]] = []
     seconds = QUICK_SAMPLE_SECONDS if quick else SAMPLE_SECONDS
     with progress_bar() as progress:
         for block, dtype_name, optimizer_name in blocks:
+            free = gpu.free_memory()
+            sizes = [fitting(WORKLOADS[name], dtype_name, free) for name in BLOCKS[block][0]]
+            needed = max(memory_bytes(size, dtype_name) for size in sizes)
+            if needed > free:
+                reason = f"needs {needed / (1 << 30):.0f} GiB of device memory in {dtype_name}"
+                skipped.append({"workload": block, "reason": reason})
+                continue
             entries, refused = admit(present, optimizer_name, dtype_name, gpu.DEVICE)
             torch.compiler.reset()  # a function has at most 8 graphs
             absent += refused
-            if not entries:
-                continue
-            free = gpu.free_memory()
-            sizes = [fitting(WORKLOADS[name], dtype_name, free) for name in BLOCKS[block][0]]
             lanes = []
-            for size in sizes:
+            for size in sizes if entries else ():
                 taken, left = eligible(entries, size)
-                absent += left
-                lanes += build_lanes(size, dtype_name, optimizer_name, taken, seconds)
+                new_lanes, failed = build_lanes(size, dtype_name, optimizer_name, taken, seconds)
+                lanes += new_lanes
+                absent += left + failed
+                del new_lanes
             if not lanes:
                 continue
             label = f"{block} {dtype_name} {optimizer_name}"
@@ -294,13 +270,16 @@ def main(
             del lanes  # its gigabytes, before the next block takes its own
             gc.collect()
             torch.compiler.reset()
-    run["machine"]["gpu"] = gpu.describe_gpu(copy)
-    goals = evaluate(rows, GPU_GOALS)
-    tables = {"absent": absent, "floors": floors, "rows": rows, "goals": goals}
-    write_results(path, {**run, **tables})
+            goals = evaluate(rows, GPU_GOALS)
+            tables = {"absent": absent, "skipped": skipped, "floors": floors}
+            write_results(path, {**run, **tables, "rows": rows, "goals": goals})
+    if not rows:
+        print_absent(absent[len(missing) :])
+        print_skipped(skipped)
+        sys.exit(1)
     print_rows(rows, floors)
     print_wrong(rows)
     print_absent(absent[len(missing) :])
+    print_skipped(skipped)
     print_goals(goals, "the GPU")
     print_written(path)
-    sys.exit(0 if rows else 1)

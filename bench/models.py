@@ -26,7 +26,8 @@ def gpt2(layers: int = 12, width: int = 768, vocab: int = 50257) -> tuple[Shape,
 
 @dataclass(frozen=True)
 class Llama:
-    """Llama 3 (arXiv:2407.21783): grouped-query attention, SwiGLU, RMSNorm, no biases."""
+    """Llama 2 (arXiv:2307.09288) and 3 (arXiv:2407.21783): SwiGLU, RMSNorm, no biases, and
+    grouped-query attention where `key_width` is less than `width`."""
 
     layers: int
     width: int
@@ -48,6 +49,7 @@ class Llama:
 
 
 LLAMA_1B = Llama(layers=16, width=2048, hidden=8192, key_width=512, tied=True)
+LLAMA_7B = Llama(layers=32, width=4096, hidden=11008, key_width=4096, vocab=32000)
 LLAMA_8B = Llama(layers=32, width=4096, hidden=14336, key_width=1024)
 LLAMA_70B = Llama(layers=80, width=8192, hidden=28672, key_width=1024)
 

@@ -105,6 +105,11 @@ def gpu_workloads() -> dict[str, Workload]:
     return {
         "1b": Workload("1b", ((4096, 4096),) * 60),
         "250m": Workload("250m", ((4096, 4096),) * 15),
+        "10x16.8M": Workload("10x16.8M", ((4096, 4096),) * 10),
+        "200x1M": Workload("200x1M", ((1024, 1024),) * 200),
+        "llama-7b-of-8-ranks": Workload(
+            "llama-7b-of-8-ranks", models.shard(models.LLAMA_7B.shapes(), 8)
+        ),
         "1000x1024": Workload("1000x1024", ((1024,),) * 1000),
         "10000x64": Workload("10000x64", ((64,),) * 10_000),
         **{name: Workload(name, ((16,),) * 1860, groups) for name, groups in tiny.items()},

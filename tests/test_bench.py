@@ -34,6 +34,7 @@ def test_models_have_the_published_sizes():
     assert sizes["vit-large"] == (296, 304_326_632)
     assert sizes["resnet50"] == (161, 25_557_032)
     assert sizes["llama3-8b-lora"] == (448, 41_943_040)
+    assert models.numel(models.LLAMA_7B.shapes()) == 6_738_415_616
     assert models.numel(models.LLAMA_70B.shapes()) == 70_553_706_496
     assert models.numel(models.mixture_of_experts(1)) == 6_919_161_856  # OLMoE-1B-7B
     assert workloads.SUITES["models"]["465-groups"].groups == 465
@@ -55,6 +56,11 @@ def test_workloads_have_the_published_sizes():
         "1000x64x64": (1000, 4_096_000),
         "gpt2-124m": (148, 124_439_808),
     }
+    gpu = {name: (len(w.shapes), w.numel) for name, w in workloads.gpu_workloads().items()}
+    assert gpu["1b"] == (60, 1_006_632_960)
+    assert gpu["10x16.8M"] == (10, 167_772_160)
+    assert gpu["200x1M"] == (200, 209_715_200)
+    assert gpu["llama-7b-of-8-ranks"] == (291, 6_738_415_616 // 8)
     quick = workloads.step_workloads(quick=True)
     assert quick.keys() == sizes.keys()
     assert all(w.numel < 5e6 for w in quick.values())

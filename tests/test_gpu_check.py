@@ -7,13 +7,14 @@ import shutil
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import typer
 
-from bench import goals, gpu, gpu_step, workloads
+from bench import contestants, goals, gpu, gpu_step, workloads
 from tests import gpu_sanitize
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -204,9 +205,21 @@ def test_dry_run_prints_all_workloads_with_their_bytes():
         ("1b", "bfloat16-float32-state", "adamw"): "22, 24, 28",
         ("1b", "bfloat16-float32-state", "sgd"): "14, 16, 20",
     }
+    large |= {
+        ("10x16.8M", dtype, optimizer): large["1b", dtype, optimizer]
+        for dtype in ("float32", "bfloat16")
+        for optimizer in ("adamw", "sgd")
+    }
     small = {
         (name, "float32", optimizer): large["1b", "float32", optimizer]
-        for name in ("1000x1024", "10000x64", "1860-tiny-1-groups", "1860-tiny-465-groups")
+        for name in (
+            "200x1M",
+            "llama-7b-of-8-ranks",
+            "1000x1024",
+            "10000x64",
+            "1860-tiny-1-groups",
+            "1860-tiny-465-groups",
+        )
         for optimizer in ("adamw", "sgd")
     }
     assert found == {**large, **small}
@@ -269,14 +282,16 @@ def device_stub(monkeypatch):
     monkeypatch.setattr(gpu_step, "WORKLOADS", sizes)
 
 
+def run_main(*arguments):
+    application = typer.Typer()
+    application.command()(gpu_step.main)
+    application(arguments, standalone_mode=False)
+
+
 def measured(tmp_path, *arguments):
     output = tmp_path / "out.json"
     arguments = ["--quick", "--repeats", "3", "--output", str(output), *arguments]
-    application = typer.Typer()
-    application.command()(gpu_step.main)
-    with pytest.raises(SystemExit) as ended:
-        application(arguments)
-    assert ended.value.code == 0
+    run_main(*arguments)
     return json.loads(output.read_text())
 
 
@@ -285,11 +300,13 @@ def test_the_benchmark_on_a_stub_of_the_device(tmp_path, capsys):
     results = measured(tmp_path)
     rows, floors = results["rows"], results["floors"]
     assert {(f["block"], f["dtype"], f["optimizer"]) for f in floors} == {
-        *(("1b", dtype, o) for dtype in gpu_step.BLOCKS["1b"][1] for o in ("adamw", "sgd")),
-        *((n, "float32", o) for n in ("1000x1024", "10000x64", "groups") for o in ("adamw", "sgd")),
+        (name, dtype, optimizer)
+        for name, (_, dtypes) in gpu_step.BLOCKS.items()
+        for dtype in dtypes
+        for optimizer in ("adamw", "sgd")
     }
     own = [row for row in rows if row["contestant"] == "fusedopt"]
-    assert len(own) == (6 + 2 + 2 + 4) * 2
+    assert len(own) == (6 + 4 + 2 + 2 + 2 + 2 + 4) * 2
     for row in own:
         assert len(row["samples_s"]) == len(row["host_samples_s"]) == 3
         assert row["q1_s"] <= row["median_s"] <= row["q3_s"]
@@ -308,6 +325,79 @@ def test_the_benchmark_on_a_stub_of_the_device(tmp_path, capsys):
     assert {row["groups"] for row in many} == {4}
     assert results["machine"]["gpu"] == {"name": "none"}
     assert "of copy" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("device_stub")
+def test_a_contestant_that_fails_at_one_size_costs_no_other_its_figures(tmp_path, monkeypatch):
+    build = contestants.Contestant.build
+
+    def fails_when_large(self, optimizer, groups, clip, **overrides):
+        if self.name == "torch-fused" and clip and len(groups[0]["params"]) == 8:
+            raise torch.OutOfMemoryError("no memory is left")
+        return build(self, optimizer, groups, clip, **overrides)
+
+    monkeypatch.setattr(contestants.Contestant, "build", fails_when_large)
+    results = measured(tmp_path, "--workload", "200x1M", "--optimizer", "sgd")
+    found = [(row["contestant"], row["clip"]) for row in results["rows"]]
+    assert found == [("fusedopt", False), ("torch-fused", False), ("fusedopt", True)]
+    reason = "200x1M float32 sgd, clip: OutOfMemoryError: no memory is left"
+    assert results["absent"] == [{"contestant": "torch-fused", "reason": reason}]
+
+
+@pytest.mark.usefixtures("device_stub")
+def test_a_run_that_is_stopped_leaves_the_blocks_that_it_finished(tmp_path, monkeypatch):
+    measure, calls = gpu_step.measure, []
+
+    def stopped(*arguments):
+        calls.append(arguments)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return measure(*arguments)
+
+    monkeypatch.setattr(gpu_step, "measure", stopped)
+    output = tmp_path / "out.json"
+    with pytest.raises(KeyboardInterrupt):
+        run_main("--quick", "--optimizer", "sgd", "--dtype", "float32", "--output", str(output))
+    floors = json.loads(output.read_text())["floors"]
+    assert [floor["block"] for floor in floors] == ["1b", "10x16.8M"]
+
+
+@pytest.mark.usefixtures("device_stub")
+def test_what_does_not_fit_the_device_is_skipped_with_the_reason(tmp_path, monkeypatch, capsys):
+    sizes = workloads.gpu_workloads()
+    for name in ("200x1M", "llama-7b-of-8-ranks"):
+        monkeypatch.setitem(gpu_step.WORKLOADS, name, sizes[name])
+    need = workloads.memory_bytes(sizes["200x1M"], "float32")
+    monkeypatch.setattr(gpu, "free_memory", lambda: need - 1)
+    names = ("--workload", "groups", "--workload", "llama-7b-of-8-ranks")
+    results = measured(tmp_path, *names, "--optimizer", "sgd")
+    reason = "needs 28 GiB of device memory in float32"
+    assert results["skipped"] == [{"workload": "llama-7b-of-8-ranks", "reason": reason}]
+    assert [floor["block"] for floor in results["floors"]] == ["groups"]
+    assert f"skipped: llama-7b-of-8-ranks: {reason}" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("device_stub")
+def test_a_compiled_step_is_compiled_for_the_shared_moments_alone(monkeypatch):
+    compiled, graphs = contestants.compiled, []
+
+    def counting(step):
+        def backend(graph, inputs):
+            graphs.append(graph)
+            return graph.forward
+
+        monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+        return compiled(step)
+
+    monkeypatch.setattr(contestants, "compiled", counting)
+    workload = workloads.Workload("x", ((16,),) * 8)
+    torch.compiler.reset()
+    for name in ("adamw", "sgd"):
+        entries = [(contestants.CONTESTANTS["torch-compiled"], False, 0.0)]
+        lanes, failed = gpu_step.build_lanes(workload, "float32", name, entries, 0.001)
+        assert failed == []
+        assert [lane.key["contestant"] for lane in lanes] == ["torch-compiled"]
+    assert len(graphs) == 2
 
 
 def test_gpu_goals_name_the_workloads_and_their_bounds():
