@@ -29,7 +29,7 @@ from fusedopt import (
     shards,
     show,
 )
-from fusedopt.backends import repeated
+from fusedopt.backends import native, repeated
 from fusedopt.rule import Rule, hyper_keys
 
 options_doc = """        maximize: maximize the objective.
@@ -401,6 +401,11 @@ def _figure(tensor: Tensor | None, dtype: torch.dtype, device: torch.device | st
     """A 0-dim tensor on a device, with the value of `tensor` where that has one."""
     if tensor is not None and tensor.device == device:
         return tensor
+    if native.capturing(torch.device(device)):  # which would make it when the graph is replayed
+        raise RuntimeError(
+            "run one step before a CUDA graph is captured, with the same options and the first "
+            "gradient on the same device: it makes grad_norm and skipped_steps"
+        )
     with _disable_current_modes():  # under a FakeTensorMode a fake one would be kept
         if tensor is None or tensor.is_meta:
             return torch.zeros((), dtype=dtype, device=device)

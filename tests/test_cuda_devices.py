@@ -262,6 +262,53 @@ def test_capture_after_one_step(gpus: Any, cls: Any, options: dict[str, Any]) ->
         torch.testing.assert_close(p.detach().to("cpu"), twin.detach())
 
 
+@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 1.0, "skip_nonfinite": True}], ids=str)
+def test_a_refused_capture_makes_nothing(gpus: Any, options: dict[str, Any]) -> None:
+    """What a refused capture has made is never filled: nothing replays it."""
+    optimizer = adamw(params_on(0, 0), **options)
+    gpus.capturing = {0}
+    message = "run one step before a CUDA graph is captured"
+    with pytest.raises(RuntimeError, match=message):
+        optimizer.step()
+    for buffer in (optimizer._norm_buffer, optimizer._skipped_buffer):  # of each backend
+        with pytest.raises(RuntimeError, match=message):
+            buffer("cuda:0")
+    assert optimizer._norm_tensor is None
+    assert optimizer._skipped_tensor is None
+    assert not optimizer.state
+    assert optimizer.skipped_steps.item() == 0  # one on the CPU
+    gpus.capturing = set()
+    optimizer.step()
+    assert optimizer.skipped_steps.item() == 0
+
+
+def test_a_norm_that_is_first_asked_for_under_capture(gpus: Any) -> None:
+    optimizer = adamw(params_on(0))
+    optimizer.step()
+    optimizer.max_grad_norm = 1.0
+    gpus.capturing = {0}
+    with pytest.raises(RuntimeError, match="with the same options"):
+        optimizer.step()
+    assert optimizer._norm_tensor is None
+    gpus.capturing = set()
+    optimizer.step()
+    gpus.capturing = {0}
+    optimizer.step()
+    assert optimizer.grad_norm is not None
+
+
+def test_figures_that_would_move_under_capture(gpus: Any) -> None:
+    params = params_on(0, 1)
+    optimizer = adamw(params)
+    optimizer.step()
+    figure = optimizer.skipped_steps
+    params[0].grad = None
+    gpus.capturing = {1}
+    with pytest.raises(RuntimeError, match="first gradient on the same device"):
+        optimizer.step()
+    assert optimizer.skipped_steps is figure
+
+
 @pytest.mark.xfail(strict=True, raises=RuntimeError, reason="words beyond the arguments are copied")
 def test_capture_of_a_step_over_ten_thousand_tensors(gpus: Any) -> None:
     params = params_on(*[0] * 5000, numel=1)
@@ -325,8 +372,9 @@ def test_a_tensor_lr_with_params_on_two_devices(gpus: Any) -> None:
 
 def test_capture_with_a_tensor_lr_on_another_device_is_refused(gpus: Any) -> None:
     params = params_on(1)
-    before = params[0].detach().to("cpu")
     optimizer = fusedopt.FusedSGD(params, lr=torch.tensor(0.1).to("cuda:0"), backend="cuda")
+    optimizer.step()
+    before = params[0].detach().to("cpu")
     gpus.capturing = {1}
     message = r'param_groups\[0\]\["lr"\] is on cuda:0 and its params are on cuda:1'
     with pytest.raises(RuntimeError, match=message):
@@ -341,9 +389,9 @@ def test_an_lr_of_a_group_without_gradients_is_left_alone(gpus: Any) -> None:
     optimizer = fusedopt.FusedSGD(
         [{"params": [idle], "lr": lr}, {"params": [active], "lr": 0.1}], backend="cuda"
     )
+    optimizer.step()
     gpus.capturing = {1}
-    with pytest.raises(RuntimeError, match="run one step with the same tensors"):
-        optimizer.step()  # the table, not the lr
+    optimizer.step()  # an lr that is needed would be refused
 
 
 def test_figures_move_with_the_gradients(gpus: Any) -> None:
