@@ -5,6 +5,7 @@
 #include <array>
 #include <cmath>
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <string>
 #include <utility>
@@ -142,34 +143,65 @@ std::string step(Plan& plan, const py::object& groups, const py::object& state,
   });
 }
 
-// See host/repeated_step.h. `falsy` and `num_threads` are functions without arguments.
-py::object repeated_step(const py::object& plan, const py::object& host, const py::tuple& options,
-                         Py_ssize_t keys, bool norm, double max_norm, double clip_value,
-                         bool skip_nonfinite, const py::object& grad_norm,
-                         const py::object& skipped_steps, const std::vector<py::dict>& empty,
-                         const std::vector<py::function>& falsy, const py::function& num_threads) {
+// A function without arguments, and what it has returned.
+using Answer = std::pair<py::function, py::object>;
+
+#define FUSEDOPT_REPEATED_ARGUMENTS                                                           \
+  py::arg("host"), py::arg("options"), py::arg("keys"), py::arg("norm"), py::arg("max_norm"), \
+      py::arg("clip_value"), py::arg("skip_nonfinite"), py::arg("grad_norm"),                 \
+      py::arg("skipped_steps"), py::arg("empty"), py::arg("answers")
+
+// See host/repeated_step.h. `owned`: what `step` uses.
+py::object repeated_step(std::function<bool(PyObject*, PyObject*)> step, const py::tuple& owned,
+                         const py::tuple& options, Py_ssize_t keys, bool norm,
+                         const py::object& grad_norm, const py::object& skipped_steps,
+                         const std::vector<py::dict>& empty, const std::vector<Answer>& answers) {
   if (options.size() != host::kOptions)
     throw py::value_error("options must be a tuple of " + std::to_string(host::kOptions));
   host::StepBefore before{};
-  before.step =
-      cpu_step(norm, max_norm, clip_value, 1.0, false, skip_nonfinite, 1, grad_norm, skipped_steps);
-  before.plan = plan.cast<Plan*>();
-  if (before.plan == nullptr) throw py::type_error("plan must not be None");
-  before.host = host.ptr();
+  before.step = std::move(step);
   before.options = options.ptr();
   before.keys = keys;
+  before.norm = norm;
   before.grad_norm = grad_norm.ptr();
   before.skipped_steps = skipped_steps.ptr();
   for (const py::dict& dict : empty) before.empty.push_back(dict.ptr());
-  for (const py::function& function : falsy) before.falsy.push_back(function.ptr());
-  before.num_threads = num_threads.ptr();
-  const py::tuple owned =
-      py::make_tuple(plan, host, options, grad_norm, skipped_steps, empty, falsy, num_threads);
-  before.owner = host::Ref::borrow(owned.ptr());
+  for (const auto& [function, value] : answers)
+    before.answers.push_back({function.ptr(), value.ptr()});
+  const py::tuple all = py::make_tuple(owned, options, grad_norm, skipped_steps, empty, answers);
+  before.owner = host::Ref::borrow(all.ptr());
   return guarded([&] {
     const host::Ref function = host::repeated_step(std::move(before));
     return py::reinterpret_borrow<py::object>(function.get());
   });
+}
+
+template <class P>
+P* checked_plan(const py::object& plan) {
+  P* const pointer = plan.cast<P*>();
+  if (pointer == nullptr) throw py::type_error("plan must not be None");
+  return pointer;
+}
+
+// `num_threads` is a function without arguments.
+py::object cpu_repeated_step(const py::object& plan, const py::object& host,
+                             const py::tuple& options, Py_ssize_t keys, bool norm, double max_norm,
+                             double clip_value, bool skip_nonfinite, const py::object& grad_norm,
+                             const py::object& skipped_steps, const std::vector<py::dict>& empty,
+                             const std::vector<Answer>& answers, const py::function& num_threads) {
+  host::CpuStep on_cpu =
+      cpu_step(norm, max_norm, clip_value, 1.0, false, skip_nonfinite, 1, grad_norm, skipped_steps);
+  auto step = [on_cpu, plan = checked_plan<Plan>(plan), host = host.ptr(),
+               num_threads = num_threads.ptr()](PyObject* groups, PyObject* state) mutable {
+    const host::Ref threads = host::Ref::checked(PyObject_CallNoArgs(num_threads));
+    on_cpu.options.threads = static_cast<int>(PyLong_AsLong(threads.get()));
+    if (PyErr_Occurred()) throw host::PythonError{};
+    if (on_cpu.options.threads < 1)
+      host::raise(PyExc_ValueError, "num_threads must return at least 1");
+    return plan->step(groups, state, host, [&] { return on_cpu.run(plan); }).empty();
+  };
+  return repeated_step(std::move(step), py::make_tuple(plan, host, num_threads), options, keys,
+                       norm, grad_norm, skipped_steps, empty, answers);
 }
 
 void apply(Plan& plan, double squared_norm, bool norm, double max_norm, double clip_value,
@@ -213,10 +245,16 @@ struct CudaArguments {
     return data;
   }
 
-  bool run(CudaPlan* p) const {
+  // The first tensor on another device than the params; null where there is none.
+  const char* misplaced(const Plan& plan) const {
     for (const auto& [index, name] : devices)
-      if (p->plan.rows() > 0 && index != p->plan.device_index())
-        host::raise(PyExc_ValueError, std::string(name) + " must be on the params' device");
+      if (plan.rows() > 0 && index != plan.device_index()) return name;
+    return nullptr;
+  }
+
+  bool run(CudaPlan* p) const {
+    if (const char* name = misplaced(p->plan))
+      host::raise(PyExc_ValueError, std::string(name) + " must be on the params' device");
     return p->driver.step(&p->plan, options);
   }
 
@@ -234,6 +272,47 @@ std::string cuda_step(CudaPlan& p, const py::object& groups, const py::object& s
   return guarded([&] {
     return p.plan.step(groups.ptr(), state.ptr(), host.ptr(), [&] { return arguments.run(&p); });
   });
+}
+
+// A step like the one before on its stream. False as Plan.step's reasons, and where the params have
+// gone to another device or have no gradients.
+bool repeat_on_cuda(CudaPlan* p, const CudaArguments& arguments, PyObject* groups, PyObject* state,
+                    PyObject* host) {
+  bool served = true;
+  const std::string reason = p->plan.step(groups, state, host, [&] {
+    served = p->plan.rows() > 0 && arguments.misplaced(p->plan) == nullptr;
+    return !served || arguments.run(p);  // what is not served is taken back
+  });
+  return served && reason.empty();
+}
+
+// `after` is called after each step, whether it fails or not: a function without arguments, or
+// None.
+py::object cuda_repeated_step(const py::object& plan, const py::object& host,
+                              const py::tuple& options, Py_ssize_t keys, bool norm, double max_norm,
+                              double clip_value, bool skip_nonfinite, const py::object& grad_norm,
+                              const py::object& skipped_steps, const std::vector<py::dict>& empty,
+                              const std::vector<Answer>& answers, uintptr_t stream,
+                              const py::object& after) {
+  const CudaArguments arguments(norm, max_norm, clip_value, py::none(), py::none(), skip_nonfinite,
+                                grad_norm, skipped_steps, stream);
+  auto step = [arguments, p = checked_plan<CudaPlan>(plan), host = host.ptr(),
+               after = after.is_none() ? nullptr : after.ptr()](PyObject* groups, PyObject* state) {
+    bool served = false;
+    try {
+      served = repeat_on_cuda(p, arguments, groups, state, host);
+    } catch (...) {
+      PyObject *type, *value, *trace;
+      PyErr_Fetch(&type, &value, &trace);
+      if (after != nullptr) Py_XDECREF(PyObject_CallNoArgs(after));
+      PyErr_Restore(type, value, trace);  // the first error is the one to see
+      throw;
+    }
+    if (after != nullptr) host::Ref::checked(PyObject_CallNoArgs(after));
+    return served;
+  };
+  return repeated_step(std::move(step), py::make_tuple(plan, host, after), options, keys, norm,
+                       grad_norm, skipped_steps, empty, answers);
 }
 
 void cuda_squared_norm(CudaPlan& p, const py::object& out, uintptr_t stream) {
@@ -450,10 +529,7 @@ PYBIND11_MODULE(_C, m) {
       .def("step", &step, py::arg("param_groups"), py::arg("state"), py::arg("host"),
            FUSEDOPT_STEP_ARGUMENTS)
       .def("apply", &apply, py::arg("squared_norm"), FUSEDOPT_STEP_ARGUMENTS)
-      .def("repeated_step", &repeated_step, py::arg("host"), py::arg("options"), py::arg("keys"),
-           py::arg("norm"), py::arg("max_norm"), py::arg("clip_value"), py::arg("skip_nonfinite"),
-           py::arg("grad_norm"), py::arg("skipped_steps"), py::arg("empty"), py::arg("falsy"),
-           py::arg("num_threads"))
+      .def("repeated_step", &cpu_repeated_step, FUSEDOPT_REPEATED_ARGUMENTS, py::arg("num_threads"))
       .def(
           "squared_norm",
           [](Plan& plan, int threads) {
@@ -475,6 +551,8 @@ PYBIND11_MODULE(_C, m) {
            py::arg("rule"))
       .def("step", &cuda_step, py::arg("param_groups"), py::arg("state"), py::arg("host"),
            FUSEDOPT_CUDA_ARGUMENTS)
+      .def("repeated_step", &cuda_repeated_step, FUSEDOPT_REPEATED_ARGUMENTS, py::arg("stream"),
+           py::arg("after"))
       .def("squared_norm", &cuda_squared_norm, py::arg("out"), py::arg("stream"))
       .def("apply", &cuda_apply, py::arg("squared_norm"), FUSEDOPT_CUDA_ARGUMENTS);
 

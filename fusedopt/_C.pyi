@@ -50,7 +50,7 @@ class Plan:
         grad_norm: Tensor | None,
         skipped_steps: Tensor | None,
         empty: list[dict[Any, Any]],
-        falsy: list[Callable[[], Any]],
+        answers: list[tuple[Callable[[], Any], Any]],
         num_threads: Callable[[], int],
     ) -> Callable[[dict[str, Any]], bool]: ...
     def squared_norm(self, threads: int) -> float: ...
@@ -80,6 +80,22 @@ class CudaPlan:
     def refresh(
         self, param_groups: list[dict[str, Any]], state: dict[Any, Any], host: Any
     ) -> str: ...
+    def repeated_step(
+        self,
+        host: Any,
+        options: tuple[Any, ...],
+        keys: int,
+        norm: bool,
+        max_norm: float,
+        clip_value: float,
+        skip_nonfinite: bool,
+        grad_norm: Tensor | None,
+        skipped_steps: Tensor | None,
+        empty: list[dict[Any, Any]],
+        answers: list[tuple[Callable[[], Any], Any]],
+        stream: int,
+        after: Callable[[], None] | None,
+    ) -> Callable[[dict[str, Any]], bool]: ...
     def squared_norm(self, out: Tensor, stream: int) -> None: ...
     def apply(
         self,

@@ -29,6 +29,7 @@ from fusedopt import (
     shards,
     show,
 )
+from fusedopt.backends import native, repeated
 from fusedopt.rule import Rule, hyper_keys
 
 options_doc = """        maximize: maximize the objective.
@@ -109,7 +110,8 @@ class FusedOptimizer(options.InGroups, Optimizer):
         self._skipped_tensor: Tensor | None = None
         self._handle: int | None = None  # by which compiled graphs find this optimizer
         self._drivers: dict[Any, Any] = {}  # those of the native backends
-        # Does a step like the last one on the CPU; and what that one was told.
+        self._whole: repeated.Whole | None = None  # the last step, if one call of a driver did it
+        # Does a step like the last one; and what that one was told.
         self._repeated: Callable[[dict[str, Any]], bool] | None = None
         self._repeated_for: tuple[Any, ...] = ()
 
@@ -224,6 +226,8 @@ class FusedOptimizer(options.InGroups, Optimizer):
         """A step by the first backend that can serve, on other `tensors` if given: an object with
         the attributes that backends use of this one."""
         tensors = tensors or self
+        before, self._repeated = self._repeated, None
+        self._whole = None
         if fake.concerns(tensors.param_groups):
             backends.reference.step(tensors, request)
             self._backend_in_use = "reference"
@@ -239,21 +243,22 @@ class FusedOptimizer(options.InGroups, Optimizer):
             if not reason:
                 self._backend_in_use = name
                 self._last_request = request
-                self._note_repeated(tensors is self and name == "cpu")
+                self._note_repeated(before)
                 return
             reasons.append(f"{name}: {reason}")
         raise RuntimeError("no backend can serve this step; " + "; ".join(reasons))
 
-    def _note_repeated(self, may_be: bool) -> None:
-        """Lets the next step repeat this one, if it may be."""
-        if not may_be:
-            self._repeated = None
+    def _note_repeated(self, before: Callable[[dict[str, Any]], bool] | None) -> None:
+        """Lets the next step repeat this one; `before` repeats the one before."""
+        whole = self._whole
+        if whole is None:
             return
         told: tuple[Any, ...] = (self._checked_options, self._checked_keys)
-        told += (self._norm_tensor, self._skipped_tensor)
-        if self._repeated is None or not all(map(is_, told, self._repeated_for)):
-            self._repeated = backends.cpu.repeated_step(self)
+        told += (self._norm_tensor, self._skipped_tensor, whole.driver, whole.stream)
+        if before is None or not all(map(is_, told, self._repeated_for)):
+            before = repeated.repeated_step(self, whole)
             self._repeated_for = told
+        self._repeated = before
 
     def _init_group(
         self,
@@ -396,6 +401,11 @@ def _figure(tensor: Tensor | None, dtype: torch.dtype, device: torch.device | st
     """A 0-dim tensor on a device, with the value of `tensor` where that has one."""
     if tensor is not None and tensor.device == device:
         return tensor
+    if native.capturing(torch.device(device)):  # which would make it when the graph is replayed
+        raise RuntimeError(
+            "run one step before a CUDA graph is captured, with the same options and the first "
+            "gradient on the same device: it makes grad_norm and skipped_steps"
+        )
     with _disable_current_modes():  # under a FakeTensorMode a fake one would be kept
         if tensor is None or tensor.is_meta:
             return torch.zeros((), dtype=dtype, device=device)

@@ -34,7 +34,13 @@ def is_sparse(tensor: Tensor) -> bool:
 
 
 class Host:
-    """What the native plan asks Python for."""
+    """What the native plan asks Python for.
+
+    Attributes:
+        last_stream: that of the last step on a GPU outside of graphs.
+    """
+
+    last_stream: Any = None
 
     def __init__(self, rule: Rule) -> None:
         self.rule = rule

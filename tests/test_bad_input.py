@@ -269,6 +269,7 @@ ENTRY_POINTS = {
     "cuda.apply": (_CUDA_PLAN.apply, 10),
     "cuda.clip": (_C.CudaClip().run, 8),
     "repeated_step": (_PLAN.repeated_step, 12),
+    "cuda.repeated_step": (_CUDA_PLAN.repeated_step, 13),
     "describe": (_C.describe, 1),
     "grad_pointer": (_C.grad_pointer, 1),
     "bump_versions": (_C.bump_versions, 1),

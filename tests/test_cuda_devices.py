@@ -262,6 +262,53 @@ def test_capture_after_one_step(gpus: Any, cls: Any, options: dict[str, Any]) ->
         torch.testing.assert_close(p.detach().to("cpu"), twin.detach())
 
 
+@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 1.0, "skip_nonfinite": True}], ids=str)
+def test_a_refused_capture_makes_nothing(gpus: Any, options: dict[str, Any]) -> None:
+    """What a refused capture has made is never filled: nothing replays it."""
+    optimizer = adamw(params_on(0, 0), **options)
+    gpus.capturing = {0}
+    message = "run one step before a CUDA graph is captured"
+    with pytest.raises(RuntimeError, match=message):
+        optimizer.step()
+    for buffer in (optimizer._norm_buffer, optimizer._skipped_buffer):  # of each backend
+        with pytest.raises(RuntimeError, match=message):
+            buffer("cuda:0")
+    assert optimizer._norm_tensor is None
+    assert optimizer._skipped_tensor is None
+    assert not optimizer.state
+    assert optimizer.skipped_steps.item() == 0  # one on the CPU
+    gpus.capturing = set()
+    optimizer.step()
+    assert optimizer.skipped_steps.item() == 0
+
+
+def test_a_norm_that_is_first_asked_for_under_capture(gpus: Any) -> None:
+    optimizer = adamw(params_on(0))
+    optimizer.step()
+    optimizer.max_grad_norm = 1.0
+    gpus.capturing = {0}
+    with pytest.raises(RuntimeError, match="with the same options"):
+        optimizer.step()
+    assert optimizer._norm_tensor is None
+    gpus.capturing = set()
+    optimizer.step()
+    gpus.capturing = {0}
+    optimizer.step()
+    assert optimizer.grad_norm is not None
+
+
+def test_figures_that_would_move_under_capture(gpus: Any) -> None:
+    params = params_on(0, 1)
+    optimizer = adamw(params)
+    optimizer.step()
+    figure = optimizer.skipped_steps
+    params[0].grad = None
+    gpus.capturing = {1}
+    with pytest.raises(RuntimeError, match="first gradient on the same device"):
+        optimizer.step()
+    assert optimizer.skipped_steps is figure
+
+
 @pytest.mark.xfail(strict=True, raises=RuntimeError, reason="words beyond the arguments are copied")
 def test_capture_of_a_step_over_ten_thousand_tensors(gpus: Any) -> None:
     params = params_on(*[0] * 5000, numel=1)
@@ -325,8 +372,9 @@ def test_a_tensor_lr_with_params_on_two_devices(gpus: Any) -> None:
 
 def test_capture_with_a_tensor_lr_on_another_device_is_refused(gpus: Any) -> None:
     params = params_on(1)
-    before = params[0].detach().to("cpu")
     optimizer = fusedopt.FusedSGD(params, lr=torch.tensor(0.1).to("cuda:0"), backend="cuda")
+    optimizer.step()
+    before = params[0].detach().to("cpu")
     gpus.capturing = {1}
     message = r'param_groups\[0\]\["lr"\] is on cuda:0 and its params are on cuda:1'
     with pytest.raises(RuntimeError, match=message):
@@ -341,9 +389,9 @@ def test_an_lr_of_a_group_without_gradients_is_left_alone(gpus: Any) -> None:
     optimizer = fusedopt.FusedSGD(
         [{"params": [idle], "lr": lr}, {"params": [active], "lr": 0.1}], backend="cuda"
     )
+    optimizer.step()
     gpus.capturing = {1}
-    with pytest.raises(RuntimeError, match="run one step with the same tensors"):
-        optimizer.step()  # the table, not the lr
+    optimizer.step()  # an lr that is needed would be refused
 
 
 def test_figures_move_with_the_gradients(gpus: Any) -> None:
@@ -463,6 +511,131 @@ def test_a_second_thread_that_steps_is_refused_and_changes_nothing(gpus: Any) ->
     gpus.use_stream(0, 9)
     optimizer.step()
     assert gpus.log[0].endswith(" on 7")  # the step that was done
+
+
+# Repeated steps (csrc/host/repeated_step.h)
+
+
+def repeats(optimizer: fusedopt.FusedAdamW) -> bool:
+    """Whether another step is a repeated one, which it then was."""
+    return optimizer._repeated is not None and optimizer._repeated(optimizer.__dict__)
+
+
+def on_another_stream(gpus: Any, params: list[Parameter]) -> None:
+    gpus.use_stream(0, 9)
+
+
+def on_another_device(gpus: Any, params: list[Parameter]) -> None:
+    gpus.exchange(1)
+
+
+def under_capture(gpus: Any, params: list[Parameter]) -> None:
+    gpus.capturing = {0}
+
+
+def after_params_moved(gpus: Any, params: list[Parameter]) -> None:
+    for p in params:
+        value, grad = p.detach().to("cuda:1"), p.grad
+        assert grad is not None
+        p.data, p.grad = value, grad.to("cuda:1")
+
+
+def with_a_param_on_another_device(gpus: Any, params: list[Parameter]) -> None:
+    params += params_on(1)
+
+
+def without_gradients(gpus: Any, params: list[Parameter]) -> None:
+    for p in params:
+        p.grad = None
+
+
+@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 1.0, "skip_nonfinite": True}], ids=str)
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(on_another_stream, on_another_device, under_capture),
+        *(after_params_moved, with_a_param_on_another_device, without_gradients),
+    ],
+)
+def test_what_is_not_repeated(gpus: Any, change: Any, options: dict[str, Any]) -> None:
+    optimizer = adamw(params_on(0, 0), **options)
+    optimizer.step()
+    assert repeats(optimizer)
+    params = optimizer.param_groups[0]["params"]
+    change(gpus, params)
+    states = {id(p): dict(e) for p, e in optimizer.state.items()}
+    values = [p.detach().to("cpu") for p in params]
+    before = gpus.launches()
+    assert not repeats(optimizer)
+    assert gpus.launches() == before
+    assert {id(p): dict(e) for p, e in optimizer.state.items()} == states
+    for p, value in zip(params, values, strict=True):
+        assert torch.equal(p.detach().to("cpu"), value)
+
+
+def test_a_repeated_step_is_waited_for(gpus: Any) -> None:
+    optimizer = adamw(params_on(0))
+    gpus.use_stream(0, 7)
+    optimizer.step()
+    for fails in (False, True, False):
+        assert repeats(optimizer)
+        if fails:
+            optimizer.param_groups[0]["lr"] = "none"
+            with pytest.raises(TypeError, match="lr"):
+                repeats(optimizer)
+            optimizer.param_groups[0]["lr"] = 0.1
+        last = f"{gpus.launches()} on 7"
+        gpus.use_stream(0, 9)
+        optimizer.step()
+        assert gpus.log[0] == f"9 waits for step {last}"
+        assert repeats(optimizer)
+        last = f"{gpus.launches()} on 9"
+        gpus.log.clear()
+        gpus.use_stream(0, 7)
+        optimizer.step()
+        assert gpus.log[0] == f"7 waits for step {last}"
+        gpus.log.clear()
+    on = [c.split()[-1] for c in gpus.machine.calls() if c.startswith("launch")]
+    assert on == ["7", *["7", "9", "9", "7"] * 3]
+
+
+def test_a_repeated_step_that_fails_after_an_upload_is_waited_for(
+    gpus: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    optimizer = adamw(params_on(0))
+    gpus.use_stream(0, 7)
+    optimizer.step()
+    host = optimizer._drivers["cuda", torch.device("cuda", 0), ()].host
+    params = optimizer.param_groups[0]["params"]
+    params[0].data = params[0].detach().clone()  # another table
+    upload = host.upload
+
+    def failing(*arguments: Any) -> int:
+        upload(*arguments)
+        raise MemoryError
+
+    monkeypatch.setattr(host, "upload", failing)
+    host._last_step.recorded = ""
+    with pytest.raises(MemoryError):
+        repeats(optimizer)
+    assert host._last_step.recorded
+
+
+def test_steps_are_repeated_on_each_device_and_after_a_capture(gpus: Any) -> None:
+    for device in (0, 1):
+        gpus.exchange(device)
+        optimizer = adamw(params_on(device, device), max_grad_norm=1.0)
+        twins = on_cpu(optimizer.param_groups[0]["params"])
+        same = adamw(twins, max_grad_norm=1.0, backend="cpu")
+        for step in range(6):
+            gpus.capturing = {device} if step == 3 else set()
+            assert repeats(optimizer) is (step in (1, 2, 5))
+            if step not in (1, 2, 5):
+                optimizer.step()
+            same.step()
+        for p, twin in zip(optimizer.param_groups[0]["params"], twins, strict=True):
+            torch.testing.assert_close(p.detach().to("cpu"), twin.detach())
+        assert optimizer.log() == pytest.approx(same.log())
 
 
 # clip_grad_norm_ and threads

@@ -60,6 +60,10 @@ def test_the_driver(emulated: Path) -> None:
     assert passed(run(emulated, "4x32", "tests/test_cuda.py", measured=True)) > 50
 
 
+def test_repeated_steps(emulated: Path) -> None:
+    assert passed(run(emulated, "2x16", "tests/test_repeated_step.py", measured=True)) > 35
+
+
 def test_two_devices(emulated: Path) -> None:
     output = run(
         emulated, "2x8", "tests/test_cuda_devices.py", measured=True, FUSEDOPT_EMULATED_GPUS="2"

@@ -1,5 +1,5 @@
-"""The second of two equal steps on the CPU is repeated in C++: all that Python would look at in
-between has to be seen there."""
+"""The second of two equal steps is repeated in C++: all that Python would look at in between has to
+be seen there. Of the CPU driver; of the CUDA driver by test_cuda_emulator.py."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusedopt import FusedAdamW, FusedSGD
+from tests.cases import BACKENDS
 from tests.helpers import make_params
 
+BACKEND = BACKENDS[0]
 Change = Callable[[FusedAdamW], Any]
 
 
@@ -26,7 +28,7 @@ def stepped(**options: Any) -> FusedAdamW:
     params = make_params()
     for p in params:
         p.grad = torch.full_like(p, 0.1)
-    optimizer = FusedAdamW(params, lr=0.1, backend="cpu", **options)
+    optimizer = FusedAdamW(params, lr=0.1, backend=BACKEND, **options)
     optimizer.step()
     return optimizer
 
@@ -59,7 +61,7 @@ def test_repeated_steps_are_steps(options: dict[str, Any]) -> None:
         for name, value in plain.state[b].items():
             assert torch.equal(repeated.state[a][name], value)
     assert repeated.log() == plain.log()
-    assert repeated.backend_in_use == plain.backend_in_use == "cpu"
+    assert repeated.backend_in_use == plain.backend_in_use == BACKEND
 
 
 def test_a_step_that_is_skipped_is_counted() -> None:
@@ -158,7 +160,7 @@ def test_a_class_with_an_attribute_of_its_own(name: str) -> None:
     kind = type("Own", (FusedSGD,), {name: None})
     param = Parameter(torch.ones(3))
     param.grad = torch.ones(3)
-    optimizer = kind([param], lr=0.1, backend="cpu")
+    optimizer = kind([param], lr=0.1, backend=BACKEND)
     optimizer.step()
     assert optimizer._repeated is None
 

@@ -4,6 +4,9 @@
 #include <new>
 #include <utility>
 
+#include "host/group_reader.h"
+#include "host/tensor_access.h"
+
 namespace fusedopt::host {
 namespace {
 
@@ -46,11 +49,11 @@ bool is_empty(PyObject* dict) {
   return dict != nullptr && PyDict_Check(dict) && PyDict_GET_SIZE(dict) == 0;
 }
 
-bool is_falsy(PyObject* function) {
-  const Ref value = Ref::checked(PyObject_CallNoArgs(function));
-  const int is_true = PyObject_IsTrue(value.get());
-  if (is_true < 0) throw PythonError{};
-  return is_true == 0;
+bool is_same(const StepBefore::Answer& before) {
+  const Ref value = Ref::checked(PyObject_CallNoArgs(before.function));
+  const int same = PyObject_RichCompareBool(value.get(), before.value, Py_EQ);
+  if (same < 0) throw PythonError{};
+  return same != 0;
 }
 
 bool has_options(PyObject* group, PyObject* options) {
@@ -73,7 +76,7 @@ bool is_like(const StepBefore& before, PyObject* attributes) {
     if (!is_empty(item(attributes, name))) return false;
   for (PyObject* dict : before.empty)
     if (!is_empty(dict)) return false;
-  if ((before.step.options.norm && item(attributes, names().grad_norm) != before.grad_norm) ||
+  if ((before.norm && item(attributes, names().grad_norm) != before.grad_norm) ||
       item(attributes, names().skipped_steps) != before.skipped_steps)
     return false;
   PyObject* defaults = item(attributes, names().defaults);
@@ -88,8 +91,8 @@ bool is_like(const StepBefore& before, PyObject* attributes) {
   if (!PyDict_Check(first) || !has_options(first, before.options) ||
       !starts_with_plain_param(first) || count_keys(groups) != before.keys)
     return false;
-  for (PyObject* function : before.falsy)
-    if (!is_falsy(function)) return false;
+  for (const StepBefore::Answer& answer : before.answers)
+    if (!is_same(answer)) return false;
   return true;
 }
 
@@ -99,15 +102,8 @@ bool run(const StepBefore& before, PyObject* attributes) {
   if (!is_like(before, attributes)) return false;
   const Ref groups = Ref::borrow(item(attributes, names().groups));
   const Ref state = Ref::borrow(item(attributes, names().state));
-  if (!groups || !state) return false;  // a function of `falsy` has taken them away
-  const Ref threads = Ref::checked(PyObject_CallNoArgs(before.num_threads));
-  CpuStep step = before.step;
-  step.options.threads = static_cast<int>(PyLong_AsLong(threads.get()));
-  if (PyErr_Occurred()) throw PythonError{};
-  if (step.options.threads < 1) raise(PyExc_ValueError, "num_threads must return at least 1");
-  return before.plan
-      ->step(groups.get(), state.get(), before.host, [&] { return step.run(before.plan); })
-      .empty();
+  if (!groups || !state) return false;  // a function of `answers` has taken them away
+  return before.step(groups.get(), state.get());
 }
 
 // A plain C function: a dispatcher would read many lines of memory more.

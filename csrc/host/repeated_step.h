@@ -5,27 +5,30 @@
 // it was. What a plan reads on each step (tensors, hyperparameters, state) is read as ever.
 #pragma once
 
+#include <functional>
 #include <vector>
 
-#include "host/cpu_step.h"
-#include "host/plan.h"
 #include "host/python.h"
 
 namespace fusedopt::host {
 
 // What a step was. Python objects are owned by `owner`, a tuple.
 struct StepBefore {
+  struct Answer {
+    PyObject* function;  // without arguments
+    PyObject* value;     // what it has returned
+  };
+
   Ref owner;
-  Plan* plan;
-  PyObject* host;       // of the plan
   PyObject* options;    // a tuple: those of the whole optimizer, as they stand in each group
   Py_ssize_t keys;      // how many all param groups had together
+  bool norm;            // whether the total norm was asked for
   PyObject* grad_norm;  // the tensors that take the figures, or None
   PyObject* skipped_steps;
   std::vector<PyObject*> empty;  // dicts that are empty
-  std::vector<PyObject*> falsy;  // functions without arguments that return 0 or False
-  PyObject* num_threads;         // a function
-  CpuStep step;                  // but for the number of threads
+  std::vector<Answer> answers;   // what is asked last
+  // Runs the driver over param_groups and state. False: it cannot serve, and nothing has changed.
+  std::function<bool(PyObject* param_groups, PyObject* state)> step;
 };
 
 // A function of the __dict__ of an optimizer that does such a step, and returns True. It returns

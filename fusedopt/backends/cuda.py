@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import threading
 from contextlib import AbstractContextManager, nullcontext
@@ -19,6 +20,7 @@ from fusedopt.backends.native import (
     Options,
     capturing,
 )
+from fusedopt.backends.repeated import Answer, Repeated, StepBefore
 
 if TYPE_CHECKING:
     from fusedopt._C import CudaClip, CudaPlan
@@ -105,6 +107,8 @@ def _stream(device: torch.device) -> int:
 
 
 class CudaDriver(Driver):
+    repeats = True
+
     def __init__(self, rule: Rule, device: torch.device) -> None:
         assert _C is not None
         self.plan: CudaPlan = _C.CudaPlan(rule.name)
@@ -128,6 +132,29 @@ class CudaDriver(Driver):
 
     def roll_back(self) -> None:
         self.plan.roll_back()
+
+    def repeated_step(self, before: StepBefore) -> Repeated:
+        answers = [*before.answers, *_answers(self.host)]
+        after = self.host.another_end()
+        stream = getattr(self.host.last_stream, "cuda_stream", 0)
+        return self.plan.repeated_step(self.host, *before._replace(answers=answers), stream, after)
+
+
+def _answers(host: DeviceHost) -> list[Answer]:
+    """What a repeated step asks of torch: no guard is needed where its device is the current one,
+    and no order where its stream is that of the step before."""
+    if host.device.type != "cuda":
+        return []
+    index = host.device.index
+    return [
+        (torch.cuda._is_in_bad_fork, False),  # CUDA cannot be used; torch's functions say so
+        (torch._C._cuda_getDevice, index),
+        (
+            functools.partial(torch._C._cuda_getCurrentRawStream, index),
+            host.last_stream.cuda_stream,
+        ),
+        (torch._C._cuda_isCurrentStreamCapturing, False),
+    ]
 
 
 def _arguments(options: Options) -> tuple[Any, ...]:

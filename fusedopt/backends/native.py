@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fusedopt import distributed
+from fusedopt.backends.repeated import Repeated, StepBefore, Whole
 from fusedopt.plan import Host
 from fusedopt.rule import Rule
 
@@ -60,7 +62,7 @@ class DeviceMemory:
         self._captured: list[Tensor] = []  # what captured graphs read: alive for good
         # The last step outside of graphs: its stream, and an event after it. The stream may be
         # destroyed by the next step.
-        self._last_stream: Any = None
+        self.last_stream: Any = None
         self._last_step: Any = None
 
     def begin(self, optimizer: Any) -> Turn | None:
@@ -71,7 +73,7 @@ class DeviceMemory:
         if turn.captures:  # whoever replays the graph orders that with other steps
             known = {id(t) for t in self._captured}
             self._captured += [t for t in self._memory.values() if id(t) not in known]
-        elif turn.stream != self._last_stream:
+        elif turn.stream != self.last_stream:
             if self._last_step is not None:
                 turn.stream.wait_event(self._last_step)
             self._record(optimizer, turn.stream)
@@ -84,7 +86,14 @@ class DeviceMemory:
         if self._last_step is None:
             self._last_step = self._runtime.Event()
         self._last_step.record(turn.stream)
-        self._last_stream = turn.stream
+        if turn.stream != self.last_stream:  # torch makes an object for each call
+            self.last_stream = turn.stream
+
+    def another_end(self) -> Callable[[], None] | None:
+        """What end() does after one more step on the last stream; None for the CPU."""
+        if self._last_step is None:
+            return None
+        return functools.partial(self._last_step.record, self.last_stream)
 
     def _record(self, optimizer: Any, stream: Any) -> None:
         """Tells the allocator that a stream uses this memory, and the optimizer's figures."""
@@ -193,6 +202,7 @@ class Driver(ABC):
     """The plan and the memory of one optimizer for params on one device, or for some of them."""
 
     host: Host
+    repeats: ClassVar[bool] = False  # whether it has a repeated_step()
 
     @abstractmethod
     def step(self, groups: list[dict[str, Any]], state: dict[Any, Any], options: Options) -> str:
@@ -214,6 +224,10 @@ class Driver(ABC):
     @abstractmethod
     def roll_back(self) -> None:
         """Ends the step after refresh, and takes back the state that was created."""
+
+    def repeated_step(self, before: StepBefore) -> Repeated:
+        """A function that does another step like the last one."""
+        raise NotImplementedError
 
 
 # Params that one driver takes: their device, and over which ranks their norm is summed.
@@ -256,12 +270,22 @@ class Native:
                 finally:
                     driver.host.end(turn)
                 if not reason:
+                    whole = Whole(driver, options, driver.host.last_stream)
+                    self._note(optimizer, request, whole, turn)
                     return ""
             if not driver.host.met_dtensor and all(d == device for d in _devices(optimizer)):
                 return reason
         if any(d.type != self._type for d in _devices(optimizer)):
             return f"not all params with a gradient are on a {self._type} device"
         return self._step_in_parts(optimizer, request, device)
+
+    @staticmethod
+    def _note(optimizer: FusedOptimizer, request: Request, whole: Whole, turn: Turn | None) -> None:
+        """Lets the next step repeat this one, if this one was neither scaled nor captured."""
+        scaled = request.grad_scale is not None or request.found_inf is not None
+        captured = turn is not None and turn.captures
+        if whole.driver.repeats and not (scaled or captured):
+            optimizer._whole = whole
 
     def _step_without_gradients(self, optimizer: FusedOptimizer, request: Request) -> str:
         """Changes nothing; but other ranks may have gradients, and wait for this one's share."""

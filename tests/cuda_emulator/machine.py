@@ -135,6 +135,12 @@ class Gpus(TorchFunctionMode):
             "Event": Event,
         }.items():
             monkeypatch.setattr(torch.cuda, name, value)
+        for name, value in {
+            "_cuda_getDevice": self.current_device,
+            "_cuda_getCurrentRawStream": lambda index: self._streams.get(index, 0),
+            "_cuda_isCurrentStreamCapturing": lambda: self.current_device() in self.capturing,
+        }.items():
+            monkeypatch.setattr(torch._C, name, value, raising=False)
         # torch looks at the stream before it asks the mode.
         monkeypatch.setattr(Tensor, "record_stream", self._record_stream())
 
