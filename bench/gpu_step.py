@@ -240,6 +240,11 @@ def main(
     floors: list[dict[str, Any]] = []
     skipped: list[dict[str, str]] = []
     seconds = QUICK_SAMPLE_SECONDS if quick else SAMPLE_SECONDS
+
+    def write_all() -> None:
+        tables = {"absent": absent, "skipped": skipped, "floors": floors, "rows": rows}
+        write_results(path, {**run, **tables, "goals": evaluate(rows, GPU_GOALS)})
+
     with progress_bar() as progress:
         for block, dtype_name, optimizer_name in blocks:
             free = gpu.free_memory()
@@ -270,10 +275,10 @@ def main(
             del lanes  # its gigabytes, before the next block takes its own
             gc.collect()
             torch.compiler.reset()
-            goals = evaluate(rows, GPU_GOALS)
-            tables = {"absent": absent, "skipped": skipped, "floors": floors}
-            write_results(path, {**run, **tables, "rows": rows, "goals": goals})
-    if not rows:
+            write_all()
+    if rows:
+        write_all()  # with what the last blocks were skipped for
+    else:
         print_absent(absent[len(missing) :])
         print_skipped(skipped)
         sys.exit(1)
@@ -281,5 +286,5 @@ def main(
     print_wrong(rows)
     print_absent(absent[len(missing) :])
     print_skipped(skipped)
-    print_goals(goals, "the GPU")
+    print_goals(evaluate(rows, GPU_GOALS), "the GPU")
     print_written(path)
