@@ -29,7 +29,8 @@ from fusedopt import (
     shards,
     show,
 )
-from fusedopt.backends import native, repeated
+from fusedopt.backends import native
+from fusedopt.backends.repeated import Whole, repeated_step
 from fusedopt.rule import Rule, hyper_keys
 
 options_doc = """        maximize: maximize the objective.
@@ -110,7 +111,7 @@ class FusedOptimizer(options.InGroups, Optimizer):
         self._skipped_tensor: Tensor | None = None
         self._handle: int | None = None  # by which compiled graphs find this optimizer
         self._drivers: dict[Any, Any] = {}  # those of the native backends
-        self._whole: repeated.Whole | None = None  # the last step, if one call of a driver did it
+        self._whole: Whole | None = None  # the last step, if one call of a driver did it
         # Does a step like the last one; and what that one was told.
         self._repeated: Callable[[dict[str, Any]], bool] | None = None
         self._repeated_for: tuple[Any, ...] = ()
@@ -179,11 +180,12 @@ class FusedOptimizer(options.InGroups, Optimizer):
             RuntimeWarning: once in a process, where the reference backend serves params that a
                 faster one is made for, with the reason and what to do.
         """
+        repeated = self._repeated  # another thread may change it
         if (
-            self._repeated is not None
+            repeated is not None
             and not (args or kwargs)
             and not torch.compiler.is_compiling()
-            and self._repeated(self.__dict__)
+            and repeated(self.__dict__)
         ):
             return None
         if (
@@ -256,7 +258,7 @@ class FusedOptimizer(options.InGroups, Optimizer):
         told: tuple[Any, ...] = (self._checked_options, self._checked_keys)
         told += (self._norm_tensor, self._skipped_tensor, whole.driver, whole.stream)
         if before is None or not all(map(is_, told, self._repeated_for)):
-            before = repeated.repeated_step(self, whole)
+            before = repeated_step(self, whole)
             self._repeated_for = told
         self._repeated = before
 
