@@ -180,14 +180,10 @@ class FusedOptimizer(options.InGroups, Optimizer):
             RuntimeWarning: once in a process, where the reference backend serves params that a
                 faster one is made for, with the reason and what to do.
         """
-        repeated = self._repeated  # another thread may change it
-        if (
-            repeated is not None
-            and not (args or kwargs)
-            and not torch.compiler.is_compiling()
-            and repeated(self.__dict__)
-        ):
-            return None
+        if not torch.compiler.is_compiling():  # asked first: Dynamo would guard what follows
+            repeated = self._repeated  # once: another thread may change it
+            if repeated is not None and not (args or kwargs) and repeated(self.__dict__):
+                return None
         if (
             self._optimizer_step_pre_hooks
             or self._optimizer_step_post_hooks

@@ -222,6 +222,19 @@ def test_first_touch_of_dampened_momentum() -> None:
     assert counter.frame_count == 1  # from the second step on
 
 
+def test_eager_steps_between_compiled_ones() -> None:
+    params, others = make_params(), make_params()
+    mixed, eager = fusedopt.FusedAdamW(params), fusedopt.FusedAdamW(others)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(mixed.step, backend=counter)
+    for i, step in enumerate((compiled, mixed.step, mixed.step, compiled, mixed.step, compiled)):
+        set_grads(i, params, others)
+        step()
+        eager.step()
+        assert_same(mixed, eager)
+    assert counter.frame_count == 1  # what an eager step leaves behind is not guarded
+
+
 def test_skipped_steps() -> None:
     params = make_params()
     optimizer = fusedopt.FusedAdamW(params, skip_nonfinite=True)
