@@ -4,9 +4,10 @@
 # Usage, in the root of the repository: [PYTHON=python3] bench/gpu_check.sh OUT_DIR
 # FUSEDOPT_COMMIT tells a copy without .git which commit the benchmark's results name.
 #
-# Each part has a time limit and a log OUT_DIR/NN-name.log, and stops no other part. A line for
-# each goes to OUT_DIR/summary.txt: PASS, FAIL or SKIP, seconds, name. The exit code is 1 where a
-# part failed. All parts together end within 8 minutes.
+# Each part has a time limit and a log OUT_DIR/NN-name.log, and stops no other part. Tests and
+# sanitizers run side by side, the benchmark alone. A line for each part goes to
+# OUT_DIR/summary.txt as it ends: PASS, FAIL or SKIP, seconds, name. The exit code is 1 where a part
+# failed. All parts together end within 8 minutes.
 set -u
 out=${1:?usage: bench/gpu_check.sh OUT_DIR}
 python=${PYTHON:-python3}
@@ -15,7 +16,6 @@ summary=$out/summary.txt
 : >"$summary"
 deadline=$((SECONDS + 470))
 number=0
-failed=0
 
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 # A part that is stopped has printed what it did; nothing is left in the repository.
@@ -26,13 +26,20 @@ note() { # PASS|FAIL|SKIP, seconds, name
 }
 
 part() { # name, limit in seconds, command...
-  local name=$1 limit=$2 begin=$SECONDS log
-  shift 2
   number=$((number + 1))
-  log=$(printf '%s/%02d-%s.log' "$out" "$number" "$name")
+  run_part "$(printf '%s/%02d-%s.log' "$out" "$number" "$1")" "$@"
+}
+
+part_beside() { # the same, beside those that follow, until `wait`
+  number=$((number + 1))
+  run_part "$(printf '%s/%02d-%s.log' "$out" "$number" "$1")" "$@" &
+}
+
+run_part() { # log, name, limit in seconds, command...
+  local log=$1 name=$2 limit=$3 begin=$SECONDS
+  shift 3
   if ((limit > deadline - begin)); then limit=$((deadline - begin)); fi
   if ((limit <= 0)); then
-    failed=1
     note FAIL 0 "$name: no time was left"
     return
   fi
@@ -41,10 +48,8 @@ part() { # name, limit in seconds, command...
   if ((status == 0)); then
     note PASS $((SECONDS - begin)) "$name"
   elif ((status == 124 || status == 137)); then
-    failed=1
     note FAIL $((SECONDS - begin)) "$name: stopped after $limit seconds"
   else
-    failed=1
     note FAIL $((SECONDS - begin)) "$name: exit code $status"
   fi
 }
@@ -58,7 +63,7 @@ sanitize() { # tool of compute-sanitizer
   fi
   # Without torch's caching allocator each tensor has bounds of its own. API errors are those of
   # torch, which asks for optional functions of the driver; those of fusedopt are exceptions.
-  part "$1" 60 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$1" \
+  part_beside "$1" 120 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$1" \
     --error-exitcode 1 --report-api-errors no "$python" tests/gpu_sanitize.py
 }
 
@@ -77,21 +82,22 @@ part install 60 "$python" -m pip install --no-build-isolation --no-deps --no-ind
 
 part fusedopt 60 "$python" -m fusedopt
 
+workers=()
+has_module xdist && workers=(-n 6)
+gpu_tests=(tests/test_gpu.py)
+for file in tests/test_gpu_*.py; do
+  [[ $file == tests/test_gpu_check.py ]] || gpu_tests+=("$file")
+done
 # Triton compiles a kernel for each kind of row, and measures its configurations once.
-part gpu-tests 180 "${pytest[@]}" -rs tests/test_gpu.py tests/test_gpu_devices.py
+part_beside gpu-tests 200 env OMP_NUM_THREADS=1 "${pytest[@]}" -rs "${gpu_tests[@]}" \
+  ${workers[@]+"${workers[@]}"}
 
 sanitize memcheck
 sanitize racecheck
 
-if has_module typer && has_module rich && has_module matplotlib; then
-  part benchmark 90 "$python" -m bench gpu --quick --output "$out/step-gpu.json"
-else
-  note SKIP 0 "benchmark: typer, rich or matplotlib is missing"
-fi
-
 # Files that take long, and those that say nothing about this machine. The others that need a
 # module that is not here are skipped one by one.
-ignored=(--ignore=tests/test_gpu.py --ignore=tests/test_gpu_devices.py)
+ignored=("${gpu_tests[@]/#/--ignore=}")
 for name in cuda_emulator package wheel train_gpt bench bench_measure bench_quiet gpu_check triton \
   triton_launch triton_tune triton_float64; do
   ignored+=("--ignore=tests/test_$name.py")
@@ -103,9 +109,16 @@ for module in hypothesis expecttest; do
     note SKIP 0 "$file: $module is missing"
   done
 done
-workers=()
-has_module xdist && workers=(-n 8)
-part tests 120 env OMP_NUM_THREADS=2 "${pytest[@]}" tests -m "not slow and not timing" "${ignored[@]}" \
-  ${workers[@]+"${workers[@]}"}
+part_beside tests 200 env OMP_NUM_THREADS=1 "${pytest[@]}" tests -m "not slow and not timing" \
+  "${ignored[@]}" ${workers[@]+"${workers[@]}"}
+wait
 
-exit "$failed"
+if has_module typer && has_module rich && has_module matplotlib; then
+  part benchmark 150 "$python" -m bench gpu --repeats 5 --contestant fusedopt \
+    --contestant fusedopt-triton --contestant torch-fused --contestant torch-foreach \
+    --output "$out/step-gpu.json"
+else
+  note SKIP 0 "benchmark: typer, rich or matplotlib is missing"
+fi
+
+! grep -q '^FAIL' "$summary"
