@@ -3,7 +3,7 @@
 // Bytes per element are those of docs/cpu.md: 28 for AdamW in float32. To keep the memory busy, a
 // thread has two vectors of each of four operands in flight, 128 bytes, and an SM with 512 threads
 // 64 KiB. An H100 moves 5 % more bytes a second so than with twice the threads and one vector each
-// (docs/performance.md).
+// (docs/cuda.md).
 #pragma once
 
 #include "core/dispatch.h"
