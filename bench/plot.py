@@ -189,12 +189,38 @@ def groups(data: dict[str, Any]) -> Figure:
     return figure
 
 
+def losses(data: dict[str, Any]) -> Figure:
+    """Loss of each training step with torch's optimizer and with fusedopt's, a panel a dtype."""
+    rows = data["rows"]
+    panels = list(dict.fromkeys((row["size"], row["dtype"]) for row in rows))
+    figure, axes = plt.subplots(
+        1, len(panels), squeeze=False, layout="constrained", figsize=(5 * len(panels), 4.2)
+    )
+    for axis, panel in zip(axes[0], panels, strict=True):
+        own = [row for row in rows if (row["size"], row["dtype"]) == panel]
+        for row in own:
+            # The subject below, wide; the other dashed, so that equal curves are both visible.
+            first = row["contestant"] == SUBJECT
+            line = {"lw": 3, "alpha": 0.6} if first else {"lw": 1.2, "ls": "--", "zorder": 3}
+            colour = STYLES.get(row["contestant"], OTHER)[0]
+            label = f"{row['contestant']}: {row['tokens_per_s']:,.0f} tokens/s"
+            steps = range(1, len(row["losses"]) + 1)
+            axis.plot(steps, row["losses"], color=colour, label=label, **line)
+        axis.set_title(f"{panel[0]}, {panel[1]}, batch {own[0]['batch']}")
+        axis.set_xlabel("step")
+        axis.legend(fontsize=8)
+        axis.grid(alpha=0.3)
+    axes[0][0].set_ylabel("loss, nats/byte")
+    return figure
+
+
 PICTURES: dict[str, tuple[str, Callable[[dict[str, Any]], Figure]]] = {
     "speed": ("step-cpu-models.json", speed),
     "peers": ("step-cpu-peers.json", peers),
     "roofline": ("step-cpu-sweep.json", roofline),
     "tensors": ("step-cpu-sweep.json", tensors),
     "groups": ("host-cpu.json", groups),
+    "losses": ("train-gpu.json", losses),
 }
 
 

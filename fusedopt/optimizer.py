@@ -401,8 +401,8 @@ def _figure(tensor: Tensor | None, dtype: torch.dtype, device: torch.device | st
         return tensor
     if native.capturing(torch.device(device)):  # which would make it when the graph is replayed
         raise RuntimeError(
-            "run one step before a CUDA graph is captured, with the same options and the first "
-            "gradient on the same device: it makes grad_norm and skipped_steps"
+            "run one step like it before a CUDA graph is captured: it makes grad_norm and "
+            "skipped_steps on the device of the first gradient"
         )
     with _disable_current_modes():  # under a FakeTensorMode a fake one would be kept
         if tensor is None or tensor.is_meta:

@@ -379,19 +379,34 @@ def test_clip_script(tmp_path):
 
 
 def test_train_script(tmp_path):
-    results, text = run_script("train", tmp_path)
+    results, text = run_script("train", tmp_path, "--batch", "3")
     theirs, ours = results["rows"]
     assert (theirs["contestant"], ours["contestant"]) == ("torch-fused", "fusedopt")
     assert ours["final_loss"] == pytest.approx(theirs["final_loss"], abs=1e-3)
     for row in (theirs, ours):
         assert len(row["samples_s"]) == len(row["optimizer_samples_s"]) == 3
         tokens = row["tokens_per_s"] * row["step_median_s"]
-        assert tokens == pytest.approx(4 * 128)  # batch, context of the size "tiny"
+        assert tokens == pytest.approx(3 * 128)  # batch, context of the size "tiny"
         share = sum(row["optimizer_samples_s"]) / sum(row["samples_s"])
         assert row["optimizer_share"] == pytest.approx(share)
         assert 0 < share < 1
+        assert len(row["losses"]) == 4  # with that of the warm-up
+        assert row["losses"][-1] == row["final_loss"]
     assert theirs["speedup"] == 1
     assert "tokens/s" in text
+
+
+def test_train_under_autocast(tmp_path):
+    """float32 params, whose losses differ from those of float32 by the rounding of bfloat16."""
+    dtypes = ("float32", "bfloat16-autocast", "bfloat16")
+    named = [word for dtype in dtypes for word in ("--dtype", dtype)]
+    results, _ = run_script("train", tmp_path, *named)
+    rows = {(row["dtype"], row["contestant"]): row["losses"] for row in results["rows"]}
+    for contestant in ("torch-fused", "fusedopt"):
+        exact, cast, rounded = (rows[dtype, contestant] for dtype in dtypes)
+        assert cast != exact
+        assert cast != rounded
+        assert cast == pytest.approx(exact, abs=0.05)
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
@@ -454,5 +469,10 @@ def test_pictures(tmp_path):
     ]
     (results / "step-cpu-models.json").write_text(json.dumps(head))
     plot.main(results, out)
+    row = {"size": "tiny", "dtype": "float32", "batch": 4, "tokens_per_s": 1e5}
+    trained = [{**row, "contestant": c, "losses": [5.5, 4.0]} for c in ("torch-fused", "fusedopt")]
+    (results / "train-gpu.json").write_text(json.dumps({**head, "rows": trained}))
+    plot.main(results, out)
+    assert (out / "losses.png").read_bytes()[:4] == b"\x89PNG"
     assert (out / "speed.png").read_bytes()[:4] == b"\x89PNG"
     assert plot.usable([{**rows[0], "step_error": 99.0}], clip=False) == []

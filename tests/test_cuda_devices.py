@@ -235,7 +235,7 @@ def test_capture_is_that_of_the_params_device(gpus: Any) -> None:
     gpus.capturing = {0}
     adamw(params_on(1)).step()  # an eager step beside a capture on the current device
     gpus.capturing = {1}
-    with pytest.raises(RuntimeError, match="run one step before a CUDA graph is captured"):
+    with pytest.raises(RuntimeError, match="run one step like it before a CUDA graph is captured"):
         adamw(params_on(1)).step()
     assert not native.capturing(torch.device("cuda", 0))
     assert native.capturing(torch.device("cuda", 1))
@@ -267,7 +267,7 @@ def test_a_refused_capture_makes_nothing(gpus: Any, options: dict[str, Any]) -> 
     """What a refused capture has made is never filled: nothing replays it."""
     optimizer = adamw(params_on(0, 0), **options)
     gpus.capturing = {0}
-    message = "run one step before a CUDA graph is captured"
+    message = "run one step like it before a CUDA graph is captured"
     with pytest.raises(RuntimeError, match=message):
         optimizer.step()
     for buffer in (optimizer._norm_buffer, optimizer._skipped_buffer):  # of each backend
@@ -287,7 +287,7 @@ def test_a_norm_that_is_first_asked_for_under_capture(gpus: Any) -> None:
     optimizer.step()
     optimizer.max_grad_norm = 1.0
     gpus.capturing = {0}
-    with pytest.raises(RuntimeError, match="with the same options"):
+    with pytest.raises(RuntimeError, match="it makes grad_norm"):
         optimizer.step()
     assert optimizer._norm_tensor is None
     gpus.capturing = set()
@@ -304,7 +304,7 @@ def test_figures_that_would_move_under_capture(gpus: Any) -> None:
     figure = optimizer.skipped_steps
     params[0].grad = None
     gpus.capturing = {1}
-    with pytest.raises(RuntimeError, match="first gradient on the same device"):
+    with pytest.raises(RuntimeError, match="on the device of the first gradient"):
         optimizer.step()
     assert optimizer.skipped_steps is figure
 
@@ -619,6 +619,17 @@ def test_a_repeated_step_that_fails_after_an_upload_is_waited_for(
     with pytest.raises(MemoryError):
         repeats(optimizer)
     assert host._last_step.recorded
+
+
+def test_a_step_in_parts_is_not_repeated(gpus: Any) -> None:
+    params = params_on(0, 1)
+    grads = [p.grad for p in params]
+    optimizer = adamw(params, max_grad_norm=1.0)
+    for active in ((0, 1), (0,), (0, 1), (1,), (0, 1)):
+        for i, p in enumerate(params):
+            p.grad = grads[i] if i in active else None
+        optimizer.step()
+        assert (optimizer._repeated is None) is (len(active) == 2)
 
 
 def test_steps_are_repeated_on_each_device_and_after_a_capture(gpus: Any) -> None:

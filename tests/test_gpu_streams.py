@@ -230,3 +230,35 @@ def test_a_first_step_after_one_that_raised(backend: str) -> None:
         for optimizer in (ours, same):
             optimizer.step()
     gpu_params.assert_same(ours, same)
+
+
+def test_equal_steps_are_repeated() -> None:
+    """csrc/host/repeated_step.h: until what it asks of torch has another answer."""
+    ours, same = twins_of("cuda", max_grad_norm=0.1)  # nine steps each
+
+    def repeats() -> bool:
+        return ours._repeated is not None and ours._repeated(ours.__dict__)
+
+    ours.step()
+    assert repeats()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        assert not repeats()
+        ours.step()
+        assert repeats()
+    torch.cuda.current_stream().wait_stream(side)
+    assert not repeats()
+    ours.step()
+    assert repeats()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        assert not repeats()
+        ours.step()
+    graph.replay()
+    for _ in range(2):
+        ours.step()
+    for _ in range(9):
+        same.step()
+    torch.cuda.synchronize()
+    gpu_params.assert_same(ours, same)

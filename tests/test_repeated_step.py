@@ -64,6 +64,22 @@ def test_repeated_steps_are_steps(options: dict[str, Any]) -> None:
     assert repeated.backend_in_use == plain.backend_in_use == BACKEND
 
 
+def test_steps_after_scaled_ones() -> None:
+    repeated, plain = stepped(max_grad_norm=1.0), stepped(max_grad_norm=1.0)
+    for optimizer in (repeated, plain):
+        optimizer.grad_scale, optimizer.found_inf = torch.tensor(4.0), torch.tensor(0.0)
+        for _ in range(2):
+            assert not repeats(optimizer)
+            optimizer.step()
+        del optimizer.grad_scale, optimizer.found_inf
+    assert repeats(repeated)
+    plain._repeated = None
+    plain.step()
+    for a, b in pairs(repeated, plain):
+        assert torch.equal(a, b)
+    assert repeated.log() == plain.log()
+
+
 def test_a_step_that_is_skipped_is_counted() -> None:
     optimizer = stepped(skip_nonfinite=True)
     first = optimizer.param_groups[0]["params"][0]

@@ -56,7 +56,7 @@ class DeviceTable {
   const int chunk_;        // elements
   std::vector<Row> rows_;  // as uploaded
   std::vector<Layout> layouts_;
-  std::vector<uint64_t> words_;
+  std::vector<uint64_t> words_, next_words_;  // as uploaded; those of this step
   uintptr_t rows_at_ = 0, layouts_at_ = 0, chunks_at_ = 0, words_at_ = 0;
   int32_t chunk_count_ = 0;
   int device_ = -1;

@@ -270,22 +270,14 @@ class Native:
                 finally:
                     driver.host.end(turn)
                 if not reason:
-                    whole = Whole(driver, options, driver.host.last_stream)
-                    self._note(optimizer, request, whole, turn)
+                    if driver.repeats and not (turn is not None and turn.captures):
+                        optimizer._whole = Whole(driver, options, driver.host.last_stream)
                     return ""
             if not driver.host.met_dtensor and all(d == device for d in _devices(optimizer)):
                 return reason
         if any(d.type != self._type for d in _devices(optimizer)):
             return f"not all params with a gradient are on a {self._type} device"
         return self._step_in_parts(optimizer, request, device)
-
-    @staticmethod
-    def _note(optimizer: FusedOptimizer, request: Request, whole: Whole, turn: Turn | None) -> None:
-        """Lets the next step repeat this one, if this one was neither scaled nor captured."""
-        scaled = request.grad_scale is not None or request.found_inf is not None
-        captured = turn is not None and turn.captures
-        if whole.driver.repeats and not (scaled or captured):
-            optimizer._whole = whole
 
     def _step_without_gradients(self, optimizer: FusedOptimizer, request: Request) -> str:
         """Changes nothing; but other ranks may have gradients, and wait for this one's share."""

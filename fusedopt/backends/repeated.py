@@ -54,8 +54,8 @@ _IN_DICT = ("param_groups", "state", "defaults", "grad_scale", "found_inf")
 
 
 def repeated_step(optimizer: FusedOptimizer, whole: Whole) -> Repeated | None:
-    """A function that does a step like the last one of this optimizer; csrc/host/repeated_step.h
-    says when. None where a step depends on what is not seen there."""
+    """A function that does a step like the last one of this optimizer, without scaling;
+    csrc/host/repeated_step.h says when. None where a step depends on what is not seen there."""
     checked = optimizer._checked_options
     if any(hasattr(type(optimizer), name) for name in _IN_DICT):
         return None
